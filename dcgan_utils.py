@@ -1,0 +1,2018 @@
+"""Train DCGANs on MNIST, watch their health, repair them and look at what they made.
+
+    from dcgan_utils import FastDCGAN
+
+    gan = FastDCGAN()
+    gan.train(max_seconds=40)                 # a real-vs-fake grid and a health panel after every epoch
+    gan.generate_images()                     # a figure, also saved under outputs/
+    gan.save("outputs/my_gan")                # safetensors + JSON; FastDCGAN.load("outputs/my_gan") goes on
+
+`DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.
+The sections stand in the order in which the data walks through them, and a section calls only sections above it:
+Config, data, models, losses and steps, training, health, evaluation, pictures, saving, recipes, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import html
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import matplotlib.pyplot as plt
+import numpy as np
+import safetensors
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import make_grid
+from tqdm import tqdm
+
+__version__ = "0.1.0"
+
+# ======================================================================================================================
+# Constants
+# ======================================================================================================================
+CHECKPOINT_FORMAT = 1  # raised when an older dcgan_utils could no longer read what this one writes
+EMBEDDED_MNIST = Path(__file__).resolve().parent / "data" / "mnist"
+KAGGLE_INPUT = Path("/kaggle/input")
+MNIST_SHA256 = {  # of the uncompressed IDX files; the gzip layer may differ from copy to copy
+    "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+METRICS = ("loss_D", "loss_G", "D_x", "D_G_z", "D_acc")  # what every batch records, in this order
+PREVIEW = 32  # images on each side of the real-vs-fake grid
+DIVERSITY_SAMPLES = 256  # fixed-noise samples behind the diversity reading; the grids show the first of them
+
+
+# ======================================================================================================================
+# Config: every number of a recipe, in one frozen place
+# ======================================================================================================================
+@dataclass(frozen=True)
+class Config:
+    """Hold every number of a recipe; the defaults are those of the 64×64 `DCGAN`.
+
+    A variant is `dataclasses.replace(config, lr_D=5e-5)`. Raises ValueError that names field, value and allowed range.
+    """
+
+    # data and shapes
+    image_size: int = 64  # side in pixels; DCGAN doubles from 4×4, so it makes 16, 32, 64, …
+    nz: int = 100  # length of the latent z ~ N(0, I) (Radford et al. 2015)
+    ngf: int = 64  # the generator's narrowest hidden layer; deeper layers double it
+    ndf: int = 64  # the same for the discriminator
+    conditional: bool = False  # True: G and D see the label, and one chooses the digit
+    num_classes: int = 10  # classes of a conditional recipe
+    # the run
+    batch_size: int = 128  # both public recipes
+    num_epochs: int = 30  # the recipe's README: sharp from epoch 16 on
+    seed: int = 42  # weights, order of the data and noise all follow from it
+    # optimisation
+    optimizer: str = "adam"  # adam | rmsprop | sgd
+    lr_G: float = 0.0002  # Radford et al. 2015
+    lr_D: float = 0.0001  # half of G's, so that D does not run away
+    lr_schedule: str = "constant"  # constant | linear_tail (flat for the first half, then down to 0)
+    beta1: float = 0.5  # Adam's 0.9 oscillates here (Radford et al. 2015, §4)
+    beta2: float = 0.999  # Adam's default
+    adam_eps: float = 1e-8  # PyTorch's default; TensorFlow's is 1e-7
+    d_steps: int = 1  # D updates per iteration; 0 freezes D
+    g_steps: int = 1  # G updates per iteration; 0 freezes G
+    # labels: what the losses aim at
+    real_label_smooth: float = 0.85  # a: D's target for real images
+    fake_label_smooth: float = 0.2  # b: D's target for generated images
+    generator_target: float = 1.0  # what G wants D to say of its images (non-saturating loss)
+    start_at_mean: bool = (
+        True  # G's output layer gets a bias that starts at the data's mean grey; False: literal recipe
+    )
+    # remedies, off unless a recipe names them
+    dropout_D: float = 0.0  # share of D's hidden activations dropped: weakens D
+    dropout_G: float = 0.0  # the same in G: more varied samples
+    noise_D: float = 0.0  # standard deviation of Gaussian noise on all that D sees, images being in [-1, 1]
+    noise_D_batches: int = 0  # the noise fades linearly to 0 over so many batches; 0 keeps it for good
+    ema: float = 0.0  # decay of a running average of G that does the sampling; 0 is off
+    # the machine
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    precision: str = "auto"  # auto: what the device does well; or fp32 | bf16 | fp16
+    # the record
+    log_every: int = 100  # batches between two entries of history.batches and two looks for NaN
+    save_every: int = 1  # epochs between two saved grids, the frames of the animation
+    out_dir: str = "outputs"  # where pictures and checkpoints go
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"Config.{name} = {value!r} is outside its range {low} … {high}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"Config.{name} = {getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}"
+                )
+        if not self.fake_label_smooth < self.real_label_smooth:
+            raise ValueError(
+                f"Config.fake_label_smooth = {self.fake_label_smooth} must be below "
+                f"real_label_smooth = {self.real_label_smooth}; real is 1, fake is 0"
+            )
+        for name in _INTEGERS:
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f"Config.{name} = {getattr(self, name)!r} must be a whole number")
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "image_size": (16, 1024), "nz": (1, 4096), "ngf": (1, 1024), "ndf": (1, 1024), "num_classes": (2, 1000),
+    "batch_size": (2, 65536), "num_epochs": (0, 100_000), "seed": (0, 2**31 - 1),
+    "lr_G": (0, 1), "lr_D": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999), "adam_eps": (1e-12, 1e-2),
+    "d_steps": (0, 100), "g_steps": (0, 100),
+    "real_label_smooth": (0, 1), "fake_label_smooth": (0, 1), "generator_target": (0, 1),
+    "dropout_D": (0, 0.95), "dropout_G": (0, 0.95), "noise_D": (0, 10), "noise_D_batches": (0, 10**9),
+    "ema": (0, 0.99999), "log_every": (1, 10**9), "save_every": (0, 10**9),
+}  # fmt: skip
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("adam", "rmsprop", "sgd"),
+    "lr_schedule": ("constant", "linear_tail"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "conditional": (True, False),
+    "start_at_mean": (True, False),
+}
+_INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
+
+
+def configure(config: Config, **overrides: Any) -> Config:
+    """Return `config` with some fields replaced.
+
+    Raises ValueError for an unknown field, naming the nearest one, and for a value out of range.
+    """
+    known = [f.name for f in dataclasses.fields(Config)]
+    for name in overrides:
+        if name not in known:
+            raise ValueError(f"Config has no field {name!r}{nearest_name(name, known)}")
+    return dataclasses.replace(config, **overrides)
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """Return '; did you mean …?' for the known name closest to `name`, or a list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+# ======================================================================================================================
+# Data: IDX, CSV and torchvision's sets become one uint8 tensor
+# ======================================================================================================================
+_IDX_NAME = re.compile(r"^(train|t10k)[-.](images|labels)[-.]idx[13][-.]ubyte(\.gz)?$")
+_CSV_NAME = re.compile(r"^(?:.*[_-])?(train|test)\.csv$")
+
+
+def load_images(source: str | Path = "mnist", split: str = "train") -> tuple[Tensor, Tensor]:
+    """Load images and labels, and say in one printed line where they came from.
+
+    source: "mnist" (Kaggle's input mounts, then the embedded files, then a download), "fashion-mnist" or "kmnist"
+    (torchvision), or a folder with IDX files (plain or .gz, nested or not) or Kaggle CSV files. split: "train" | "test".
+    Returns images uint8 (N, H, W) and labels int64 (N,); all labels are -1 where the source has none.
+    Raises FileNotFoundError that lists what was looked for, and ValueError for a file that is not what it should be.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split = {split!r}; it is 'train' or 'test'")
+    name = str(source).lower()
+    if name == "mnist":
+        images, labels, where = _find_mnist(split)
+    elif name in ("fashion-mnist", "kmnist"):
+        images, labels, where = *_from_torchvision(name, split), "torchvision"
+    else:
+        images, labels, where = *_from_folder(Path(source), split), str(source)
+    _check_pair(images, labels, where)
+    n, height, width = images.shape
+    print(f"{split} images: {n:,} of {height}×{width} from {where}")
+    return images, labels
+
+
+def _find_mnist(split: str) -> tuple[Tensor, Tensor, str]:
+    """Return MNIST from Kaggle's mounts, the embedded files or torchvision's download, whichever comes first."""
+    if KAGGLE_INPUT.is_dir():
+        with suppress(FileNotFoundError):
+            return *_from_folder(KAGGLE_INPUT, split), "Kaggle's input mounts"
+    if EMBEDDED_MNIST.is_dir():
+        stem = "train" if split == "train" else "t10k"
+        parts = [
+            read_idx(EMBEDDED_MNIST / f"{stem}-{kind}-idx{dims}-ubyte.gz", MNIST_SHA256[f"{stem}-{kind}"])
+            for kind, dims in (("images", 3), ("labels", 1))
+        ]
+        return parts[0], parts[1].long(), "the embedded files in data/mnist"
+    return *_from_torchvision("mnist", split), "torchvision's download"
+
+
+def _from_torchvision(name: str, split: str) -> tuple[Tensor, Tensor]:
+    """Return one of torchvision's 28×28 sets, downloading it into data/download on first use."""
+    kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[name]
+    try:
+        data = kind(EMBEDDED_MNIST.parent / "download", train=split == "train", download=True)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(
+            f"{name} is not on this machine and could not be downloaded ({reason}); "
+            "turn the internet on, attach it (Kaggle: Add Input → hojjatk/mnist-dataset), or pass a folder of IDX files"
+        ) from error
+    return data.data, data.targets.long()
+
+
+def _from_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+    """Return the split found in a folder of IDX or CSV files, at most four levels deep."""
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"data = {str(folder)!r} is neither a folder nor one of 'mnist', 'fashion-mnist', 'kmnist'"
+            f"{nearest_name(str(folder), ['mnist', 'fashion-mnist', 'kmnist'])}"
+        )
+    stem = "train" if split == "train" else "t10k"
+    files = sorted((p for p in _walk(folder, depth=4) if p.is_file()), key=lambda p: (len(p.parts), str(p)))
+    idx = {m[2]: p for p in reversed(files) if (m := _IDX_NAME.match(p.name)) and m[1] == stem}
+    if "images" in idx and "labels" in idx:
+        return read_idx(idx["images"], dims=3), read_idx(idx["labels"], dims=1).long()
+    tables = [p for p in files if (m := _CSV_NAME.match(p.name)) and m[1] == split]
+    if tables:
+        return read_csv(tables[0])
+    missing = [f"{stem}-{kind}-idx{d}-ubyte[.gz]" for kind, d in (("images", 3), ("labels", 1)) if kind not in idx]
+    seen = ", ".join(str(p.relative_to(folder)) for p in files[:8]) or "nothing"
+    raise FileNotFoundError(
+        f"no {split} images in {folder}: looked up to four folders deep for {' and '.join(missing)} "
+        f"(or with a dot before 'idx') and for *{split}.csv; it holds {seen}{' …' if len(files) > 8 else ''}"
+    )
+
+
+def _walk(folder: Path, depth: int) -> Iterator[Path]:
+    """Yield what lies in a folder down to `depth` levels, so that a wrong folder cannot take for ever."""
+    for path in sorted(folder.iterdir()):
+        yield path
+        if depth > 1 and path.is_dir() and not path.name.startswith("."):
+            yield from _walk(path, depth - 1)
+
+
+def read_idx(path: str | Path, sha256: str | None = None, dims: int | None = None) -> Tensor:
+    """Read an IDX file (plain or gzip) into a uint8 tensor of the shape that its header names.
+
+    sha256: of the uncompressed content, checked when given. dims: 3 for images, 1 for labels, checked when given.
+    Raises ValueError for an empty, truncated, mislabelled or foreign file and for a wrong checksum.
+    """
+    path = Path(path)
+    raw = path.read_bytes()
+    if raw[:2] == b"\x1f\x8b":
+        try:
+            raw = gzip.decompress(raw)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"{path} is a damaged gzip file ({error}); fetch it again") from error
+    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
+        what = "is empty" if not raw else "is not an IDX file of unsigned bytes (its first bytes are not 00 00 08)"
+        raise ValueError(f"{path} {what}; fetch it again")
+    if dims is not None and raw[3] != dims:
+        kinds = {1: "labels", 3: "images"}
+        found = kinds.get(raw[3], f"{raw[3]}-dimensional data")
+        raise ValueError(f"{path} holds {found} where {kinds[dims]} belong; are two files swapped?")
+    shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
+    body = raw[4 + 4 * raw[3] :]
+    if len(body) != math.prod(shape):
+        raise ValueError(f"{path} is truncated or padded: {len(body):,} bytes where {shape} needs {math.prod(shape):,}")
+    if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+        raise ValueError(f"{path} is not the file it should be (its SHA-256 differs); restore it from the repository")
+    return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(shape)
+
+
+def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
+    """Read a Kaggle CSV: a header, an optional `label` column, then one column for each pixel of a square image.
+
+    Returns images uint8 (N, H, H) and labels int64 (N,), -1 where there is no label column. Raises ValueError.
+    """
+    path = Path(path)
+    with path.open(newline="") as file:
+        header = next(csv.reader(file), [])
+    label = header.index("label") if "label" in header else None
+    pixels = len(header) - (label is not None)
+    side = math.isqrt(pixels)
+    if pixels == 0 or side * side != pixels:
+        raise ValueError(f"{path} has {pixels} pixel columns, not a square number such as 784 (and 'label')")
+    try:
+        table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64, ndmin=2))
+    except ValueError as error:
+        raise ValueError(f"{path} has a cell that is not a whole number ({error})") from error
+    if table.numel() == 0:
+        raise ValueError(f"{path} has a header and no rows")
+    labels = torch.full((len(table),), -1) if label is None else table[:, label].clone()
+    if label is not None:
+        table = torch.cat([table[:, :label], table[:, label + 1 :]], dim=1)
+    if table.min() < 0 or table.max() > 255:
+        raise ValueError(f"{path} has pixels outside 0 … 255")
+    return table.to(torch.uint8).reshape(-1, side, side), labels
+
+
+def _check_pair(images: Tensor, labels: Tensor, where: str) -> None:
+    """Raise ValueError unless images are uint8 (N, H, W) with one label each."""
+    if images.dtype != torch.uint8 or images.ndim != 3 or not len(images):
+        raise ValueError(f"{where}: images are {images.dtype} {tuple(images.shape)}; needed are uint8 (N, H, W), N > 0")
+    if labels.ndim != 1 or len(labels) != len(images):
+        raise ValueError(f"{where}: {len(images):,} images but {len(labels):,} labels; each image needs its own")
+
+
+def resize_images(images: Tensor, size: int) -> Tensor:
+    """Resize uint8 (N, H, W) images to (N, size, size) once, as torchvision's Resize(antialias=True) does."""
+    if images.shape[1:] == (size, size):
+        return images
+    shape = [size, size]
+    parts = [tvf.resize(part[:, None], shape, antialias=True)[:, 0] for part in images.split(4096)]
+    return torch.cat(parts)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Map uint8 (N, H, W) to float32 (N, 1, H, W) in [-1, 1], the range of the generator's tanh."""
+    return images.unsqueeze(1).float().div_(127.5).sub_(1)
+
+
+# ======================================================================================================================
+# Models: two small networks a recipe; a discriminator returns logits, a generator images in [-1, 1]
+# ======================================================================================================================
+class DCGANGenerator(nn.Module):
+    """Map z (N, nz) to images (N, 1, S, S), doubling from 4×4 (Radford et al. 2015; README of the 64×64 recipe)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = dcgan_widths(config.image_size, config.ngf)  # 64×64: 512, 256, 128, 64
+        layers = hidden(
+            nn.ConvTranspose2d(config.nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),  # 1×1 → 4×4
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+            dropout=config.dropout_G,
+        )
+        for wide, narrow in pairwise(widths):
+            layers += hidden(
+                nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False),  # side × 2
+                nn.BatchNorm2d(narrow),
+                nn.ReLU(inplace=True),
+                dropout=config.dropout_G,
+            )
+        bias = config.start_at_mean  # see start_at_mean below
+        layers += [nn.ConvTranspose2d(widths[-1], 1, kernel_size=4, stride=2, padding=1, bias=bias), nn.Tanh()]
+        self.layers = nn.Sequential(*layers)
+        self.apply(init_dcgan)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images (N, 1, S, S); labels are ignored."""
+        return self.layers(z[:, :, None, None])
+
+
+class DCGANDiscriminator(nn.Module):
+    """Map images (N, 1, S, S) to logits (N,), halving down to 4×4 (Radford et al. 2015)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        widths = dcgan_widths(config.image_size, config.ndf)[::-1]  # 64×64: 64, 128, 256, 512
+        layers = hidden(  # no BatchNorm on the images themselves (Radford et al. 2015, §3)
+            nn.Conv2d(1, widths[0], kernel_size=4, stride=2, padding=1, bias=False),
+            nn.LeakyReLU(0.2, inplace=True),
+            dropout=config.dropout_D,
+        )
+        for narrow, wide in pairwise(widths):
+            layers += hidden(
+                nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1, bias=False),  # side ÷ 2
+                nn.BatchNorm2d(wide),
+                nn.LeakyReLU(0.2, inplace=True),
+                dropout=config.dropout_D,
+            )
+        layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False), nn.Flatten(0)]  # → (N,)
+        self.layers = nn.Sequential(*layers)
+        self.apply(init_dcgan)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits (N,); labels are ignored."""
+        return self.layers(images)
+
+
+class StableGenerator(nn.Module):
+    """Map z (N, nz) to images (N, 1, S, S) as the TensorFlow recipe does; S is a multiple of 4."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.side = config.image_size // 4  # 28×28 starts at 7×7
+        w = config.ngf
+        self.dense = nn.Sequential(
+            nn.Linear(config.nz, self.side**2 * 4 * w, bias=False),  # (N, 7·7·256)
+            tensorflow_batch_norm(nn.BatchNorm1d, self.side**2 * 4 * w),
+            nn.LeakyReLU(0.2, inplace=True),
+        )
+        self.layers = nn.Sequential(
+            *hidden(
+                SameConvTranspose2d(4 * w, 2 * w),  # (N, 128, 14, 14)
+                tensorflow_batch_norm(nn.BatchNorm2d, 2 * w),
+                nn.LeakyReLU(0.2, inplace=True),
+                dropout=config.dropout_G,
+            ),
+            *hidden(
+                SameConvTranspose2d(2 * w, w),  # (N, 64, 28, 28)
+                tensorflow_batch_norm(nn.BatchNorm2d, w),
+                nn.LeakyReLU(0.2, inplace=True),
+                dropout=config.dropout_G,
+            ),
+            nn.Conv2d(w, 1, kernel_size=5, padding=2, bias=False),  # (N, 1, 28, 28)
+            nn.Tanh(),
+        )
+        self.apply(init_glorot)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images (N, 1, S, S); labels are ignored."""
+        x = self.dense(z).view(len(z), self.side, self.side, -1)  # TensorFlow's order: height, width, channels
+        return self.layers(x.permute(0, 3, 1, 2))
+
+
+class StableDiscriminator(nn.Module):
+    """Map images (N, 1, S, S) to logits (N,) as the TensorFlow recipe does: no BatchNorm, Dropout instead."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        w = config.ndf
+        self.layers = nn.Sequential(
+            *same_conv2d(1, w),  # (N, 64, 14, 14)
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Dropout(config.dropout_D),
+            *same_conv2d(w, 2 * w),  # (N, 128, 7, 7)
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Dropout(config.dropout_D),
+        )
+        self.head = nn.Linear((config.image_size // 4) ** 2 * 2 * w, 1)
+        self.apply(init_glorot)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits (N,); labels are ignored."""
+        features = self.layers(images).permute(0, 2, 3, 1)  # TensorFlow flattens height, width, channels
+        return self.head(features.flatten(1)).squeeze(1)
+
+
+class FastGenerator(nn.Module):
+    """Map z (N, nz), and labels (N,) when conditional, to images (N, 1, S, S); S is a multiple of 4."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.side = config.image_size // 4  # 28×28 starts at 7×7
+        w = config.ngf
+        self.embedding = nn.Embedding(config.num_classes, 32) if config.conditional else None
+        self.dense = nn.Linear(config.nz + (32 if config.conditional else 0), self.side**2 * 2 * w, bias=False)
+        self.layers = nn.Sequential(
+            nn.BatchNorm2d(2 * w),
+            nn.ReLU(inplace=True),  # (N, 128, 7, 7)
+            *hidden(
+                nn.ConvTranspose2d(2 * w, w, kernel_size=4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(w),
+                nn.ReLU(inplace=True),  # (N, 64, 14, 14)
+                dropout=config.dropout_G,
+            ),
+            nn.Conv2d(w, 4, kernel_size=3, padding=1),  # four sub-pixels at 14×14 cost less than one at 28×28
+            nn.PixelShuffle(2),  # (N, 1, 28, 28)
+            nn.Tanh(),
+        )
+        self.apply(init_dcgan)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images (N, 1, S, S) of the digits in labels (N,)."""
+        if self.embedding is not None:
+            z = torch.cat([z, self.embedding(labels)], dim=1)
+        x = self.dense(z).view(len(z), self.side, self.side, -1)
+        return self.layers(x.permute(0, 3, 1, 2))
+
+
+class FastDiscriminator(nn.Module):
+    """Map images (N, 1, S, S) to logits (N,): one for 'real', plus one for 'real and this digit' when conditional."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        w = config.ndf
+        self.layers = nn.Sequential(
+            *hidden(
+                nn.Conv2d(1, w, kernel_size=4, stride=2, padding=1, bias=False),
+                nn.LeakyReLU(0.2, inplace=True),  # (N, 32, 14, 14)
+                dropout=config.dropout_D,
+            ),
+            *hidden(
+                nn.Conv2d(w, 2 * w, kernel_size=4, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(2 * w),
+                nn.LeakyReLU(0.2, inplace=True),  # (N, 64, 7, 7)
+                dropout=config.dropout_D,
+            ),
+            *hidden(
+                nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(4 * w),
+                nn.LeakyReLU(0.2, inplace=True),  # (N, 128, 4, 4)
+                dropout=config.dropout_D,
+            ),
+        )
+        features = math.ceil(config.image_size / 8) ** 2 * 4 * w
+        self.head = nn.Linear(features, 1)
+        self.class_heads = nn.Linear(features, config.num_classes) if config.conditional else None
+        self.apply(init_dcgan)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits (N,) for images (N, 1, S, S) that claim to show labels (N,)."""
+        features = self.layers(images).permute(0, 2, 3, 1).flatten(1)  # NHWC order: no copy in channels_last
+        logits = self.head(features).squeeze(1)
+        if self.class_heads is not None:
+            logits = logits + self.class_heads(features).gather(1, labels[:, None]).squeeze(1)
+        return logits
+
+
+def hidden(*layers: nn.Module, dropout: float) -> list[nn.Module]:
+    """Return the layers of one hidden block, with Dropout at its end where the Config asks for it."""
+    return [*layers, nn.Dropout(dropout)] if dropout else [*layers]
+
+
+def dcgan_widths(image_size: int, base: int) -> list[int]:
+    """Return the channels of each hidden map from 4×4 up: (64, base 64) → [512, 256, 128, 64]; at most 8 × base."""
+    doublings = int(math.log2(image_size)) - 2
+    return [base * 2 ** min(k, 3) for k in reversed(range(doublings))]
+
+
+class SameConvTranspose2d(nn.ConvTranspose2d):
+    """Double the side as TensorFlow's Conv2DTranspose(k5, s2, "same") does: crop 1 pixel before and 2 after.
+
+    PyTorch's padding crops both ends alike, so it crops 1 here and forward drops the last row and column.
+    """
+
+    def __init__(self, wide: int, narrow: int) -> None:
+        super().__init__(wide, narrow, kernel_size=5, stride=2, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
+        return super().forward(x)[:, :, :-1, :-1]
+
+
+def same_conv2d(narrow: int, wide: int) -> tuple[nn.Module, nn.Module]:
+    """Halve an even side as TensorFlow's Conv2D(k5, s2, "same") does: pad 1 pixel before and 2 after."""
+    return nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(narrow, wide, kernel_size=5, stride=2)
+
+
+def tensorflow_batch_norm(kind: type[nn.Module], features: int) -> nn.Module:
+    """Return BatchNorm with TensorFlow's defaults; its momentum 0.99 keeps what PyTorch's 0.01 replaces."""
+    return kind(features, eps=1e-3, momentum=0.01)
+
+
+def init_dcgan(module: nn.Module) -> None:
+    """Draw conv, linear and embedding weights from N(0, 0.02), BatchNorm weights from N(1, 0.02); zero the biases.
+
+    Radford et al. 2015, §3, as the PyTorch recipe writes it. Use with `module.apply`.
+    """
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.normal_(module.weight, mean=0.0, std=0.02)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight)  # as large as z, beside which it stands
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, mean=1.0, std=0.02)
+    if getattr(module, "bias", None) is not None:
+        nn.init.zeros_(module.bias)
+
+
+def init_glorot(module: nn.Module) -> None:
+    """Draw conv and dense weights from Glorot's uniform distribution, biases 0: TensorFlow's default."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def start_at_mean(generator: nn.Module, images: Tensor) -> None:
+    """Set the generator's output bias so that tanh(bias) is the mean grey of uint8 images (N, H, W).
+
+    MNIST is 87 % black. Without this the first thing G learns is to darken everything at once, which swamps what z says
+    and drives tanh into saturation: every sample is the same blob for epochs (measured in notebook 03).
+    """
+    mean = (images.float().mean() / 127.5 - 1).clamp(-0.99, 0.99)
+    output = [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))][-1]
+    output.bias.fill_(torch.atanh(mean).item())
+
+
+def count_parameters(module: nn.Module) -> tuple[int, int]:
+    """Return (all, trainable) parameters; `all` counts BatchNorm's running mean and variance, as TensorFlow does."""
+    trainable = sum(p.numel() for p in module.parameters())
+    statistics = sum(b.numel() for b in module.buffers() if b.is_floating_point())
+    return trainable + statistics, trainable
+
+
+# ======================================================================================================================
+# Losses and steps: the two short functions that are the GAN
+# ======================================================================================================================
+class NonSaturatingLoss:
+    """Hold the non-saturating GAN loss with smoothed labels (Goodfellow et al. 2014, §3; Salimans et al. 2016, §3.4).
+
+    Real is 1 and fake is 0; `real_label_smooth` and `fake_label_smooth` move D's targets to a and b.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.real, self.fake, self.wish = config.real_label_smooth, config.fake_label_smooth, config.generator_target
+
+    def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Return D's loss, the sum over both kinds of images of the mean cross-entropy to a and to b."""
+        return cross_entropy(real_logits, self.real) + cross_entropy(fake_logits, self.fake)
+
+    def generator(self, fake_logits: Tensor) -> Tensor:
+        """Return G's loss: it wants D to call its images real."""
+        return cross_entropy(fake_logits, self.wish)
+
+
+def cross_entropy(logits: Tensor, target: float) -> Tensor:
+    """Return BCEWithLogitsLoss of logits (N,) to one target, in float32: sigmoid and log apart give NaN."""
+    return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, target, dtype=torch.float32))
+
+
+def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
+    """Take one D step on real and fake (N, 1, S, S); return its loss, D(x), D(G(z)) and accuracy, without gradients."""
+    with gan.autocast():
+        real_logits = gan.discriminator(gan.noisy(real), labels)
+        # detach: this step must not reach into G, whose turn comes next
+        fake_logits = gan.discriminator(gan.noisy(fake.detach()), labels)
+        loss = gan.loss.discriminator(real_logits, fake_logits)
+    if gan.config.d_steps:
+        gan.update(gan.optimizer_D, gan.scaler_D, loss)
+    return loss.detach(), *read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
+
+
+def train_generator(gan: Trainer, fake: Tensor, labels: Tensor | None) -> Tensor:
+    """Take one G step on fake (N, 1, S, S), which still knows how G made it; return G's loss, without gradients."""
+    with gan.autocast(), frozen(gan.discriminator):  # D passes gradients on to G and keeps none for itself
+        # D(fake) again: D has just changed, and the graph of its own step ended at detach
+        loss = gan.loss.generator(gan.discriminator(gan.noisy(fake), labels))
+    if gan.config.g_steps:
+        gan.update(gan.optimizer_G, gan.scaler_G, loss)
+    return loss.detach()
+
+
+def read_discriminator(real_logits: Tensor, fake_logits: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
+    """Return mean D(x), mean D(G(z)) and D's accuracy, whose threshold is the equilibrium m = (a + b) / 2."""
+    m = (config.real_label_smooth + config.fake_label_smooth) / 2
+    edge = math.log(m / (1 - m)) if 0 < m < 1 else 0.0
+    accuracy = ((real_logits > edge).float().mean() + (fake_logits < edge).float().mean()) / 2
+    return real_logits.sigmoid().mean(), fake_logits.sigmoid().mean(), accuracy
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """Keep a network's weights out of the graph for a while: gradients pass through, none is kept."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+# ======================================================================================================================
+# Training: one loop for every recipe; callbacks show, save and stop
+# ======================================================================================================================
+class DivergenceError(RuntimeError):
+    """Say that a loss became NaN or infinite; the history up to then is kept."""
+
+
+class History(dict):
+    """Map each name to a list with one value per epoch; `.batches` does so per `log_every` batches.
+
+    An epoch that was cut short stands last with a fractional `epoch` and is replaced when training goes on.
+    """
+
+    def __init__(self, config: Config, epochs: dict | None = None, batches: dict | None = None) -> None:
+        super().__init__({name: [] for name in (*METRICS, "diversity", "epoch", "seconds", "images_per_second")})
+        self.update(epochs or {})
+        self.batches: dict[str, list[float]] = batches or {name: [] for name in ("step", "epoch", *METRICS)}
+        self.config = config
+
+    def to_json(self) -> dict[str, Any]:
+        """Return config, epochs and batches as JSON-ready dictionaries."""
+        return {"config": dataclasses.asdict(self.config), "epochs": dict(self), "batches": self.batches}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self:
+        """Return the history that `to_json` wrote."""
+        return cls(configure(Config(), **record["config"]), record["epochs"], record["batches"])
+
+    def last(self) -> dict[str, float]:
+        """Return the newest epoch's values, empty before the first one."""
+        return {name: values[-1] for name, values in self.items() if values}
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in self.last().items() if name in METRICS)
+        return f"History({len(self['epoch'])} epochs{'; last: ' + shown if shown else ''})"
+
+
+class Callback:
+    """Do something while a GAN trains; every method may be left out and receives the GAN.
+
+    Look at `gan.epoch` (finished ones), `gan.batch`, `gan.step`, `gan.history`; call `gan.stop(reason)` to end the run.
+    """
+
+    def on_train_begin(self, gan: Trainer) -> None:
+        """Run before the first batch."""
+
+    def on_batch_end(self, gan: Trainer) -> None:
+        """Run after every iteration."""
+
+    def on_epoch_end(self, gan: Trainer) -> None:
+        """Run after every epoch, a last one cut short included."""
+
+    def on_train_end(self, gan: Trainer) -> None:
+        """Run at the end, however training ended."""
+
+
+class Trainer:
+    """Hold two networks, their optimisers and all that training needs to go on; a recipe adds the networks.
+
+    Raises ValueError for an unknown Config field, a value out of range, or an image size that the networks cannot make.
+    """
+
+    recipe = ""  # the name in checkpoints and on the command line
+    defaults = Config()
+    networks: tuple[Callable[[Config], nn.Module], Callable[[Config], nn.Module]]
+    losses: Callable[[Config], Any] = NonSaturatingLoss
+
+    def __init__(self, config: Config | None = None, **overrides: Any) -> None:
+        self.config = self.resolve(config, **overrides)
+        self.check_image_size(self.config.image_size)
+        self.device = pick_device(self.config.device)
+        self.precision = pick_precision(self.config.precision, self.device)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+            torch.manual_seed(self.config.seed)
+            self.generator = self._place(self.networks[0](self.config))
+            self.discriminator = self._place(self.networks[1](self.config))
+            self._rng = {"cpu": torch.get_rng_state()}
+        self.average = copy.deepcopy(self.generator).requires_grad_(False) if self.config.ema else None
+        self.optimizer_G = make_optimizer(self.generator, self.config, self.config.lr_G)
+        self.optimizer_D = make_optimizer(self.discriminator, self.config, self.config.lr_D)
+        scaling = self.precision == "fp16"  # gradients below fp16's range are lost without it; else it does nothing
+        self.scaler_G = torch.amp.GradScaler(self.device.type, enabled=scaling)
+        self.scaler_D = torch.amp.GradScaler(self.device.type, enabled=scaling)
+        self.loss = self.losses(self.config)
+        self.history = History(self.config)
+        self.epoch, self.step, self.position = 0, 0, 0  # finished epochs, iterations, images seen of this epoch
+        self.stop_reason: str | None = None
+        self.last_checkpoint: Path | None = None
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+        self._source: Any = None
+        self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
+        self._sums = dict.fromkeys((*METRICS, "count", "images", "seconds"), 0.0)  # of the epoch under way
+
+    @classmethod
+    def resolve(cls, config: Config | None = None, **overrides: Any) -> Config:
+        """Return the recipe's Config, or the given one, with overrides."""
+        return configure(config or cls.defaults, **overrides)
+
+    @classmethod
+    def check_image_size(cls, size: int) -> None:
+        """Raise ValueError, naming sizes that work, unless the recipe's networks can make this one."""
+        if size % 4:
+            raise ValueError(
+                f"image_size = {size}: {cls.__name__} doubles twice, so it makes multiples of 4 from 16 on; "
+                f"the nearest are {max(16, size // 4 * 4)} and {size // 4 * 4 + 4}"
+            )
+
+    def _place(self, network: nn.Module) -> nn.Module:
+        """Return the network on the device, its convolutions in the layout that is fastest on CPU and GPU."""
+        return network.to(self.device, memory_format=torch.channels_last)
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change Config fields of a GAN that exists, from the next batch on; those that shape the networks are refused."""
+        config = configure(self.config, **changes)
+        fixed = {"image_size", "nz", "ngf", "ndf", "conditional", "num_classes", "optimizer", "start_at_mean", "seed"}
+        fixed |= {"dropout_D", "dropout_G", "device", "precision"}
+        changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
+        if changed or bool(config.ema) != bool(self.config.ema):
+            raise ValueError(
+                f"{', '.join(changed) or 'ema'} is built in; make a new {type(self).__name__} to change it"
+            )
+        self.config = self.history.config = config
+        self.loss = self.losses(config)
+        for optimizer in (self.optimizer_D, self.optimizer_G):
+            for group in optimizer.param_groups:
+                group.update({"betas": (config.beta1, config.beta2)} if "betas" in group else {})
+
+    # ------------------------------------------------------------------------------------------------ the loop
+    def train(
+        self,
+        epochs: int | None = None,
+        batch_size: int | None = None,
+        *,
+        data: str | Path | Tensor | tuple[Tensor, Tensor] = "mnist",
+        max_seconds: float | None = None,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> History:
+        """Train on, from where the last call or checkpoint ended, and return the history.
+
+        epochs: how many further ones (None: what config.num_epochs leaves). data: a source of `load_images`, uint8
+        images (N, H, W), or (images, labels). max_seconds: stop after the batch that reaches it. callbacks: None for the
+        recipe's own; [] for silence. Ctrl-C stops after the batch; everything is kept, and the next call goes on there.
+        Raises ValueError for data that do not fit, DivergenceError when a loss is no longer a number.
+        """
+        if batch_size is not None:
+            self.reconfigure(batch_size=batch_size)
+        self._set_data(data)
+        torch.set_flush_denormal(True)  # subnormal numbers, common early on, are 5 to 50 times slower
+        callbacks = self.default_callbacks() if callbacks is None else list(callbacks)
+        left = self.config.num_epochs - self.epoch if epochs is None else epochs
+        self.last_epoch = self.epoch + max(0, left)
+        self._clock, self._max_seconds, self.stop_reason = time.perf_counter(), max_seconds, None
+        with stop_on_interrupt(self):
+            self._tell(callbacks, "on_train_begin")
+            try:
+                while self.epoch < self.last_epoch and not self.stop_reason:
+                    self._train_epoch(callbacks)
+            finally:
+                self._tell(callbacks, "on_train_end")
+        return self.history
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to end after the batch under way; `reason` is kept in `gan.stop_reason`."""
+        self.stop_reason = reason
+
+    def default_callbacks(self) -> list[Callback]:
+        """Return what `train` calls when it is given no callbacks."""
+        return []
+
+    def _train_epoch(self, callbacks: Sequence[Callback]) -> None:
+        """Go through the data once, or through what an interrupted epoch has left."""
+        self.generator.train()
+        self.discriminator.train()
+        if self.step == 0 and self.config.start_at_mean:
+            start_at_mean(self.generator, self.images)
+        self._drop_unfinished_line()
+        for batches in self._epoch_batches():
+            start = time.perf_counter()
+            self._set_learning_rates()
+            with self._own_rng():
+                self._iterate(batches)
+            self._sums["seconds"] += time.perf_counter() - start
+            self._tell(callbacks, "on_batch_end")
+            if self._max_seconds is not None and time.perf_counter() - self._clock >= self._max_seconds:
+                self.stop(f"max_seconds = {self._max_seconds:g} reached")
+            if self.stop_reason:
+                break
+        self._fetch_rows()
+        self._close_epoch()
+        self._tell(callbacks, "on_epoch_end")
+
+    def _epoch_batches(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Yield, for each iteration, one batch for every D step, in an order that follows from seed and epoch.
+
+        The last, smaller batch is dropped: its statistics would be noisier, and shapes that never change run faster.
+        """
+        order_rng = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(len(self.images), generator=order_rng).to(self.device)
+        size = self.config.batch_size
+        while self.position + size * max(1, self.config.d_steps) <= len(order):
+            batches = []
+            for _ in range(max(1, self.config.d_steps)):
+                picked = order[self.position : self.position + size]
+                real = normalise(self.images[picked]).contiguous(memory_format=torch.channels_last)
+                batches.append((real, self.labels[picked] if self.config.conditional else None))
+                self.position += size
+            yield batches
+
+    def _iterate(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Take D's steps, each on a batch of its own, then G's steps; a variant changes models or loss, not this."""
+        for real, labels in batches:
+            fake = self._fake(labels)  # fakes carry the labels of the real batch
+            loss_D, D_x, D_G_z, D_acc = train_discriminator(self, real, fake, labels)
+        for turn in range(max(1, self.config.g_steps)):
+            loss_G = train_generator(self, self._fake(labels) if turn else fake, labels)
+        if self.average is not None:
+            self._update_average()
+        self.step += 1
+        self._rows.append(torch.stack([loss_D, loss_G, D_x, D_G_z, D_acc]))
+        self._sums["images"] += self.config.batch_size * len(batches)
+        if self.step % self.config.log_every == 0:
+            self._fetch_rows()
+
+    def _fake(self, labels: Tensor | None) -> Tensor:
+        """Return one batch of generated images that still know how G made them."""
+        with self.autocast():
+            z = torch.randn(self.config.batch_size, self.config.nz, device=self.device)
+            return self.generator(z, labels).float()
+
+    def update(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
+        """Take one optimiser step down the loss; the scaler only acts in fp16, where it skips a step that overflowed."""
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the networks compute in this device's precision."""
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def noisy(self, images: Tensor) -> Tensor:
+        """Return what D sees of images: with Gaussian noise where the Config asks for it (Arjovsky & Bottou 2017, §3)."""
+        fade = 1 - self.step / self.config.noise_D_batches if self.config.noise_D_batches else 1.0
+        std = self.config.noise_D * max(0.0, fade)
+        return images + std * torch.randn_like(images) if std else images
+
+    def _set_learning_rates(self) -> None:
+        """Set both learning rates from the Config, which may have changed since the last batch."""
+        factor = 1.0
+        if self.config.lr_schedule == "linear_tail":
+            done = self.epoch + self.position / len(self.images)
+            share = done / max(self.config.num_epochs, self.last_epoch, 1)
+            if self._max_seconds is not None:
+                share = max(share, (time.perf_counter() - self._clock) / self._max_seconds)
+            factor = max(0.0, min(1.0, 2 * (1 - share)))
+        for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Move the averaged generator towards the present one, faster at first (Yazıcı et al. 2019)."""
+        share = 1 - min(self.config.ema, (1 + self.step) / (10 + self.step))
+        for mine, new in zip(self.average.state_dict().values(), self.generator.state_dict().values(), strict=True):
+            mine.lerp_(new, share) if mine.is_floating_point() else mine.copy_(new)
+
+    # ------------------------------------------------------------------------------------------------ the record
+    def _fetch_rows(self) -> None:
+        """Bring the measurements since the last look from the device, check them and add them up."""
+        if not self._rows:
+            return
+        rows = torch.stack(self._rows).double().cpu()
+        self._rows = []
+        bad = (~rows.isfinite().all(dim=1)).nonzero()
+        means = rows.mean(dim=0).tolist()
+        epoch = self.epoch + self.position / len(self.images)
+        for name, value in zip(("step", "epoch", *METRICS), (self.step, epoch, *means), strict=True):
+            self.history.batches[name].append(value)
+        if len(bad):
+            batch = self.batch - len(rows) + int(bad[0]) + 1
+            kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved"
+            raise DivergenceError(
+                f"a loss is not a number in epoch {self.epoch + 1}, batch {batch}: training has stopped, the history is "
+                f"kept, {kept}; load it or start anew with a lower lr_G and lr_D"
+            )
+        for name, value in zip(METRICS, rows.sum(dim=0).tolist(), strict=True):
+            self._sums[name] += value
+        self._sums["count"] += len(rows)
+
+    def _close_epoch(self) -> None:
+        """Write the epoch's line; one that was cut short keeps its sums and gets a fractional number."""
+        sums, size = self._sums, self.config.batch_size * max(1, self.config.d_steps)
+        if not sums["count"]:
+            return
+        line = {name: sums[name] / sums["count"] for name in METRICS}
+        line["diversity"] = self.diversity()
+        line["seconds"] = sums["seconds"]
+        line["images_per_second"] = sums["images"] / max(sums["seconds"], 1e-9)
+        if self.position + size > len(self.images):
+            self.epoch, self.position = self.epoch + 1, 0
+            self._sums = dict.fromkeys(sums, 0.0)
+        line["epoch"] = self.epoch + self.position / len(self.images)
+        for name, value in line.items():
+            self.history[name].append(value)
+
+    def _drop_unfinished_line(self) -> None:
+        """Remove the line of an epoch that was cut short; it is written anew when the epoch is whole."""
+        if self.history["epoch"] and self.history["epoch"][-1] > self.epoch:
+            for values in self.history.values():
+                values.pop()
+
+    @property
+    def batch(self) -> int:
+        """Count the iterations of the epoch under way."""
+        return self.position // (self.config.batch_size * max(1, self.config.d_steps))
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Count the iterations of a whole epoch."""
+        return len(self.images) // (self.config.batch_size * max(1, self.config.d_steps))
+
+    def _tell(self, callbacks: Sequence[Callback], event: str) -> None:
+        for callback in callbacks:
+            getattr(callback, event)(self)
+
+    # ------------------------------------------------------------------------------------------------ data and chance
+    def _set_data(self, data: str | Path | Tensor | tuple[Tensor, Tensor]) -> None:
+        """Put the data on the device, resized; a second call with the same data does nothing."""
+        if self._source is not None and (data is self._source or (isinstance(data, str) and data == self._source)):
+            source_images = None
+        elif isinstance(data, (str, Path)):
+            source_images, labels = load_images(data)
+        elif isinstance(data, Tensor):
+            source_images, labels = data, torch.full((len(data),), -1)
+        else:
+            source_images, labels = data
+        if source_images is not None:
+            _check_pair(source_images, labels, "data")
+            self._check_labels(labels)
+            if self._source is not None and self.position:  # other data: the epoch under way cannot be finished
+                self._drop_unfinished_line()
+                self.position, self._sums = 0, dict.fromkeys(self._sums, 0.0)
+            self.images = resize_images(source_images, self.config.image_size).to(self.device)
+            self.labels = labels.to(self.device)
+            self._source = data
+        needed = self.config.batch_size * max(1, self.config.d_steps)
+        if needed > len(self.images):
+            raise ValueError(
+                f"one iteration needs {needed:,} images (batch_size × d_steps), the data hold {len(self.images):,}; "
+                f"lower batch_size to at most {len(self.images) // max(1, self.config.d_steps)}"
+            )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Raise ValueError unless a class-conditional recipe has a label from 0 to num_classes - 1 for each image."""
+        if not self.config.conditional:
+            return
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.config.num_classes:
+            raise ValueError(
+                f"{type(self).__name__} is class-conditional and needs labels 0 … {self.config.num_classes - 1}, the data "
+                f"have {'none' if low < 0 else f'{low} … {high}'}; pass (images, labels) or conditional=False"
+            )
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        """Draw from the GAN's own random numbers, and leave the caller's as they were."""
+        cuda = self.device.type == "cuda"
+        with torch.random.fork_rng(devices=[self.device] if cuda else []):
+            torch.set_rng_state(self._rng["cpu"])
+            if cuda and "cuda" in self._rng:
+                torch.cuda.set_rng_state(self._rng["cuda"], self.device)
+            elif cuda:
+                torch.cuda.manual_seed(self.config.seed)
+            yield
+            self._rng["cpu"] = torch.get_rng_state()
+            if cuda:
+                self._rng["cuda"] = torch.cuda.get_rng_state(self.device)
+
+    # ------------------------------------------------------------------------------------------------ sampling
+    def latent(self, n: int, seed: int | None = None) -> Tensor:
+        """Return n latent vectors z ~ N(0, I) (n, nz); the same seed gives the same ones, None new ones each time."""
+        rng = torch.Generator()
+        rng.seed() if seed is None else rng.manual_seed(seed)
+        return torch.randn(n, self.config.nz, generator=rng)
+
+    def generate(self, z: Tensor, digits: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Return images float32 (n, 1, H, W) in [-1, 1], on the CPU, that G (its average, if kept) makes of z (n, nz).
+
+        digits: of a class-conditional recipe (None: 0 to 9 in turn). Eval mode, no gradients; raises ValueError.
+        """
+        labels = self._digits(len(z), digits)
+        network = self.average if self.average is not None else self.generator
+        with evaluating(network), self.autocast():
+            parts = []
+            for start in range(0, len(z), 500):
+                part = slice(start, start + 500)
+                images = network(z[part].to(self.device), None if labels is None else labels[part])
+                parts.append(images.float().cpu().contiguous())
+        return torch.cat(parts)
+
+    def sample(self, n: int, seed: int | None = None, digits: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return n generated images float32 (n, 1, H, W) in [-1, 1].
+
+        digits: class-conditional recipes only: one digit for all, or n of them; None makes all alike often.
+        Raises ValueError for n < 1 and for digits that do not fit.
+        """
+        if n < 1:
+            raise ValueError(f"n = {n}; sample at least one image")
+        return self.generate(self.latent(n, seed), digits)
+
+    def _digits(self, n: int, digits: int | Sequence[int] | Tensor | None) -> Tensor | None:
+        """Return the labels (n,) to generate, None for a recipe without classes; raises ValueError."""
+        classes = self.config.num_classes
+        if not self.config.conditional:
+            if digits is not None:
+                raise ValueError(
+                    f"this {type(self).__name__} has no classes: digits must be None (use FastDCGAN to choose)"
+                )
+            return None
+        labels = torch.arange(n) % classes if digits is None else torch.as_tensor(digits).reshape(-1)
+        labels = labels.expand(n) if len(labels) == 1 else labels
+        if len(labels) != n or labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise ValueError(f"digits must be one or n = {n} whole numbers from 0 to {classes - 1}")
+        return labels.long().to(self.device)
+
+    def score(self, images: Tensor, digits: Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return D(x), D's probability that each of the images (n, 1, H, W) in [-1, 1] is real, as float32 (n,)."""
+        with evaluating(self.discriminator), self.autocast():
+            labels = self._digits(len(images), digits)
+            return self.discriminator(images.to(self.device), labels).float().sigmoid().cpu()
+
+    def fixed_samples(self, n: int = PREVIEW) -> Tensor:
+        """Return the images (n, 1, H, W) of the same n latent vectors at every call, so that one sees digits travel."""
+        return self.generate(self.latent(max(n, DIVERSITY_SAMPLES), self.config.seed)[:n])
+
+    def real_samples(self, n: int = PREVIEW) -> Tensor:
+        """Return n training images (n, 1, H, W) in [-1, 1], the same at every call."""
+        rng = torch.Generator().manual_seed(self.config.seed)
+        picked = torch.randperm(len(self.images), generator=rng)[:n].to(self.device)
+        return normalise(self.images[picked]).cpu()
+
+    def diversity(self) -> float:
+        """Return how far apart the fixed-noise samples are, as a share of how far apart real images are."""
+        return sample_diversity(self.fixed_samples(DIVERSITY_SAMPLES), self.real_samples(DIVERSITY_SAMPLES))
+
+
+def sample_diversity(samples: Tensor, real: Tensor) -> float:
+    """Return the root-mean-square distance between two random samples, divided by the same for real images.
+
+    samples, real: (n, 1, H, W). 0: all samples alike (collapse); about 1: as varied as the data. Pixels only: it sees
+    a generator that repeats one image, not one that leaves out a class.
+    """
+    spread_fake, spread_real = samples.var(dim=0).sum(), real.var(dim=0).sum()  # E‖x - y‖² = 2 Σ var
+    return float((spread_fake / spread_real.clamp(min=1e-12)).sqrt())
+
+
+def make_optimizer(network: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
+    """Return the optimiser that the Config names, in its fused form where it has one."""
+    if config.optimizer == "adam":
+        betas = (config.beta1, config.beta2)
+        return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=config.adam_eps, fused=True)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(network.parameters(), lr=lr)
+    return torch.optim.SGD(network.parameters(), lr=lr, momentum=config.beta1)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the torch device: for "auto" the GPU where there is one; raises ValueError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but torch sees no GPU; use device='auto'")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16": for "auto" what the device does well.
+
+    CPU: bf16 needs AMX or AVX512-BF16, else it is slower than fp32. GPU: bf16 from compute capability 8 on; a T4 (7.5)
+    only emulates it, so fp16. Raises ValueError for fp16 on a CPU.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("precision = 'fp16' needs a GPU; use 'auto', 'fp32' or 'bf16'")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    features = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bf16" if features.get("amx_bf16") or features.get("avx512_bf16") else "fp32"
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into eval mode without gradients (BatchNorm uses what it learnt), and back as it was."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def stop_on_interrupt(gan: Trainer) -> Iterator[None]:
+    """Turn the first Ctrl-C into a stop after the batch under way, so that D, G and the record agree; a second one acts.
+
+    Outside the main thread, where Python delivers no signals, it does nothing: call `gan.stop` there.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def request(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, before)
+        gan.stop("interrupted")
+
+    before = signal.signal(signal.SIGINT, request)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+# ======================================================================================================================
+# Health: what the readings mean, by the recipe's README and by theory
+# ======================================================================================================================
+ICONS = {"green": "🟢", "yellow": "🟡", "red": "🔴"}
+WORDS = {"green": "healthy", "yellow": "watch", "red": "act"}  # colour is never the only sign
+_ANSI = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the health panel; `remedy` is empty when there is nothing to do."""
+
+    name: str
+    status: str  # green | yellow | red
+    value: str
+    band: str
+    message: str
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The health panel: the worst status and every finding; shows itself as HTML in a notebook, as text elsewhere."""
+
+    status: str
+    findings: tuple[Finding, ...]
+    epoch: float
+
+    def __str__(self) -> str:
+        return panel_text(self)
+
+    def _repr_html_(self) -> str:
+        return panel_html(self)
+
+
+@dataclass(frozen=True)
+class Band:
+    """What a recipe's README says of one reading: healthy inside `green`, broken outside `yellow`."""
+
+    metric: str
+    title: str
+    green: tuple[float, float]
+    yellow: tuple[float, float]
+    low: tuple[str, str]  # meaning and remedy below the green band
+    high: tuple[str, str]  # the same above it
+
+
+D_TOO_STRONG = "lower lr_D by half, or set noise_D=0.1 or dropout_D=0.3"
+D_TOO_WEAK = "raise lr_D to 0.0002, set d_steps=2, or lower lr_G by half"
+DCGAN_BANDS = (
+    Band(
+        "D_x", "D(x)", (0.7, 0.9), (0.5, 1.0), ("D is too weak to know real digits", D_TOO_WEAK), ("D is too sure", D_TOO_STRONG)
+    ),
+    Band(
+        "D_G_z", "D(G(z))", (0.1, 0.6), (0.05, 0.8),
+        ("D is too strong: near 0 G learns nothing", D_TOO_STRONG), ("D is fooled: it is too weak", D_TOO_WEAK),
+    ),
+)  # fmt: skip
+STABLE_BANDS = (
+    Band(
+        "D_acc", "D accuracy", (0.4, 0.7), (0.3, 0.8),
+        ("G is too strong", D_TOO_WEAK), ("D is too strong", D_TOO_STRONG),
+    ),
+    Band(
+        "loss_D", "D loss", (1.15, 1.5), (0.7, 2.5),
+        ("below 1.35, where it settles: D is winning", D_TOO_STRONG), ("above 1.35, where it settles: D is losing", D_TOO_WEAK),
+    ),
+    Band(
+        "loss_G", "G loss", (0.6, 1.4), (0.3, 3.0),
+        ("below 0.85, where it settles: D is losing", D_TOO_WEAK), ("above 0.85, where it settles: D is winning", D_TOO_STRONG),
+    ),
+)  # fmt: skip
+
+
+def diagnose(history: History, config: Config | None = None, bands: Sequence[Band] = ()) -> Diagnosis:
+    """Read the newest epoch of a history: the recipe's own bands, then what follows from its labels a and b.
+
+    Pure: it depends on its arguments alone. config: None takes history.config. Raises ValueError for an empty history.
+    Theory: D* = (a·p_data + b·p_g) / (p_data + p_g) (Goodfellow et al. 2014, Prop. 1, with smoothed labels).
+    """
+    now, config = history.last(), config or history.config
+    if not now:
+        raise ValueError("the history is empty: train before you diagnose")
+    checks = (_check_finite, _check_diversity, _check_separation, _check_sum_rule, _check_equilibrium)
+    findings = [check(now, config) for check in checks[:2]]
+    findings += [_check_band(now, band) for band in bands]
+    findings += [check(now, config) for check in checks[2:]]
+    worst = max((f.status for f in findings), key=list(ICONS).index)
+    return Diagnosis(worst, tuple(findings), now["epoch"])
+
+
+def grade(value: float, green: tuple[float, float], yellow: tuple[float, float]) -> str:
+    """Return "green" inside the first band, "yellow" inside the second, else "red" (NaN too)."""
+    for status, (low, high) in (("green", green), ("yellow", yellow)):
+        if low <= value <= high:
+            return status
+    return "red"
+
+
+def _check_band(now: dict[str, float], band: Band) -> Finding:
+    value = now[band.metric]
+    status = grade(value, band.green, band.yellow)
+    meaning, remedy = ("inside the README's band", "") if status == "green" else band.low
+    if status != "green" and value > band.green[1]:
+        meaning, remedy = band.high
+    return Finding(
+        f"{band.title} (README)", status, f"{value:.2f}", f"{band.green[0]:g} – {band.green[1]:g}", meaning, remedy
+    )
+
+
+def _check_finite(now: dict[str, float], config: Config) -> Finding:
+    value = f"D {now['loss_D']:.3f}, G {now['loss_G']:.3f}"
+    if all(math.isfinite(now[name]) for name in METRICS):
+        return Finding("losses", "green", value, "finite", "both are numbers; their size alone says little")
+    return Finding(
+        "losses", "red", value, "finite", "training has diverged", "load the last checkpoint and halve lr_G and lr_D"
+    )
+
+
+def _check_diversity(now: dict[str, float], config: Config) -> Finding:
+    value = now["diversity"]
+    status = grade(value, (0.7, 1.3), (0.4, 1.6))
+    if value < 0.7:
+        meaning = (
+            "the samples are nearly all alike: mode collapse, whatever D says"
+            if status == "red"
+            else "samples vary little"
+        )
+        remedy = (
+            "start_at_mean=True, noise_D=0.1, or dropout_G=0.3" if status == "red" else "wait; if it falls, noise_D=0.1"
+        )
+    elif status == "green":
+        meaning, remedy = "samples differ from each other as real digits do", ""
+    else:
+        meaning, remedy = "samples differ more than real digits do: still noise", "wait; if it stays, halve lr_G"
+    return Finding("sample diversity", status, f"{value:.2f}", "0.7 – 1.3 of real", meaning, remedy)
+
+
+def _check_separation(now: dict[str, float], config: Config) -> Finding:
+    a, b = config.real_label_smooth, config.fake_label_smooth
+    value = (now["D_x"] - now["D_G_z"]) / (a - b)
+    status = grade(value, (-0.05, 0.85), (-0.2, 0.98))
+    if value > 0.85:
+        meaning = f"D tells nearly all apart (D(x) → {a:g}, D(G(z)) → {b:g}): look at the samples, not at D"
+        remedy = f"if it stays: {D_TOO_STRONG}"
+    elif status == "green":
+        meaning, remedy = "0: D cannot tell real from fake; 1: D tells all apart", ""
+    else:
+        meaning, remedy = "D holds fakes for more real than real digits", "check the labels; raise lr_D"
+    return Finding("separation (theory)", status, f"{value:.2f}", "0 – 0.85", meaning, remedy)
+
+
+def _check_sum_rule(now: dict[str, float], config: Config) -> Finding:
+    target = config.real_label_smooth + config.fake_label_smooth
+    value = now["D_x"] + now["D_G_z"]
+    status = grade(abs(value - target), (0, 0.1), (0, 0.3))
+    meaning = "D is in step with its labels" if status == "green" else "D lags behind G or leans to one answer"
+    remedy = "" if status == "green" else "wait an epoch; if it stays, d_steps=2 or a lower lr_G"
+    return Finding("D(x) + D(G(z)) (theory)", status, f"{value:.2f}", f"a + b = {target:g} ± 0.1", meaning, remedy)
+
+
+def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
+    floor, balance = discriminator_loss_bounds(config)
+    status = "yellow" if now["loss_D"] > balance + 0.5 else "green"
+    meaning = f"{floor:.2f} = D separates perfectly, {balance:.2f} = equilibrium, where both D's answers are "
+    meaning += f"{(config.real_label_smooth + config.fake_label_smooth) / 2:g}"
+    remedy = "" if status == "green" else D_TOO_WEAK
+    return Finding("D loss (theory)", status, f"{now['loss_D']:.2f}", f"{floor:.2f} – {balance:.2f}", meaning, remedy)
+
+
+def discriminator_loss_bounds(config: Config) -> tuple[float, float]:
+    """Return D's lowest possible loss, H(a) + H(b), and its loss at equilibrium, 2 H((a + b) / 2), in nats."""
+    a, b = config.real_label_smooth, config.fake_label_smooth
+
+    def entropy(p: float) -> float:
+        return 0.0 if p in (0, 1) else -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+    return entropy(a) + entropy(b), 2 * entropy((a + b) / 2)
+
+
+def panel_text(diagnosis: Diagnosis, colour: bool | None = None) -> str:
+    """Return the panel as lines of text; colour: ANSI colours, None uses them where the output is a terminal."""
+    colour = sys.stdout.isatty() if colour is None else colour
+    lines = [f"{ICONS[diagnosis.status]} health after epoch {diagnosis.epoch:.4g}: {WORDS[diagnosis.status]}"]
+    for f in diagnosis.findings:
+        line = f"  {ICONS[f.status]} {f.name:24} {f.value:16} [{f.band}] {f.message}" + (
+            f" → {f.remedy}" if f.remedy else ""
+        )
+        lines.append(f"{_ANSI[f.status]}{line}\033[0m" if colour else line)
+    return "\n".join(lines)
+
+
+def panel_html(diagnosis: Diagnosis) -> str:
+    """Return the panel as an HTML table that reads in JupyterLab, on GitHub and on Kaggle."""
+    head = f"{ICONS[diagnosis.status]} <b>Health after epoch {diagnosis.epoch:.4g}: {WORDS[diagnosis.status]}</b>"
+    cells = ("", "reading", "value", "healthy", "meaning", "remedy")
+    rows = ["<tr>" + "".join(f"<th style='text-align:left'>{c}</th>" for c in cells) + "</tr>"]
+    for f in diagnosis.findings:
+        texts = (f"{ICONS[f.status]} {WORDS[f.status]}", f.name, f.value, f.band, f.message, f.remedy)
+        rows.append("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(t)}</td>" for t in texts) + "</tr>")
+    return f"{head}<table>{''.join(rows)}</table>"
+
+
+# ======================================================================================================================
+# Evaluation: what the latent space holds and whether digits were copied
+# ======================================================================================================================
+def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """Return `steps` latent vectors (steps, nz) on the arc from start to end (nz,) (White 2016).
+
+    A straight line would pass near the origin, where N(0, I) in many dimensions has no samples.
+    """
+    t = torch.linspace(0, 1, steps)[:, None]
+    cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
+    angle = torch.arccos(cosine)
+    if angle < 1e-4 or angle > math.pi - 1e-4:  # parallel: the arc is a line
+        return start + t * (end - start)
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
+
+
+def nearest_neighbours(samples: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each sample (n, 1, H, W) the index (n,) of and the distance (n,) to its nearest training image.
+
+    images: uint8 (N, H, W) of the same side. Distances are root-mean-square differences of pixels in [-1, 1].
+    """
+    best, index = torch.full((len(samples),), math.inf), torch.zeros(len(samples), dtype=torch.long)
+    flat = samples.flatten(1).float()
+    for start in range(0, len(images), 8192):
+        part = normalise(images[start : start + 8192]).flatten(1).to(flat)
+        distance, where = torch.cdist(flat, part).min(dim=1)
+        closer = distance < best
+        best[closer], index[closer] = distance[closer], where[closer] + start
+    return index, best / math.sqrt(flat.shape[1])
+
+
+# ======================================================================================================================
+# Pictures: figures are returned, never shown; the caller decides
+# ======================================================================================================================
+COLOURS = {"D": "#0072B2", "G": "#D55E00", "theory": "#555555", "third": "#009E73"}  # safe for colour-blind readers
+
+
+def plot_images(images: Tensor, title: str = "", columns: int = 8, ax: plt.Axes | None = None) -> Figure:
+    """Draw images (n, 1, H, W) in [-1, 1] as one grid and return the figure."""
+    fig, ax = _axes(ax, (columns * 0.62, 0.62 * math.ceil(len(images) / columns) + 0.35))
+    grid = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.35)
+    ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=10)
+    return fig
+
+
+def plot_real_vs_fake(real: Tensor, fake: Tensor, title: str = "") -> Figure:
+    """Draw real images beside generated ones, both (n, 1, H, W) in [-1, 1]."""
+    fig, axes = _subplots(1, 2, figsize=(9.6, 2.9))
+    plot_images(real, "real", ax=axes[0])
+    plot_images(fake, "generated", ax=axes[1])
+    fig.suptitle(title, fontsize=11)
+    return fig
+
+
+def plot_history(history: History) -> Figure:
+    """Draw losses, D's answers and accuracy, and the sample diversity over the epochs, with their theory lines."""
+    config, x = history.config, history["epoch"]
+    floor, balance = discriminator_loss_bounds(config)
+    m = (config.real_label_smooth + config.fake_label_smooth) / 2
+    fig, axes = _subplots(1, 3, figsize=(12, 3.4))
+    for name, label, colour in (("loss_D", "D", "D"), ("loss_G", "G", "G")):
+        axes[0].plot(history.batches["epoch"], history.batches[name], color=COLOURS[colour], alpha=0.35, lw=1)
+        axes[0].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
+    axes[0].axhline(balance, color=COLOURS["theory"], ls="--", lw=1, label=f"D at equilibrium {balance:.2f}")
+    axes[0].axhline(floor, color=COLOURS["theory"], ls=":", lw=1, label=f"D separates perfectly {floor:.2f}")
+    axes[0].set_title("losses")
+    for name, label, colour in (("D_x", "D(x)", "D"), ("D_G_z", "D(G(z))", "G"), ("D_acc", "D accuracy", "third")):
+        axes[1].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
+    axes[1].axhline(m, color=COLOURS["theory"], ls="--", lw=1, label=f"equilibrium {m:g}")
+    axes[1].set(title="what D answers", ylim=(0, 1))
+    axes[2].plot(x, history["diversity"], "o-", color=COLOURS["third"], label="samples", ms=3)
+    axes[2].axhline(1, color=COLOURS["theory"], ls="--", lw=1, label="real digits")
+    axes[2].set(title="sample diversity", ylim=(0, max(1.3, *history["diversity"]) if x else 1.3))
+    for ax in axes:
+        ax.set_xlabel("epoch")
+        ax.legend(fontsize=7)
+    fig.tight_layout()
+    return fig
+
+
+def make_animation(
+    frames: str | Path | Sequence[Any], path: str | Path, seconds: float = 0.4, hold: float = 2.0
+) -> Path:
+    """Write a looping GIF and return its path.
+
+    frames: a folder of PNG files in the order of their names, or Figures. seconds: per frame; hold: of the last one.
+    Raises FileNotFoundError when there is no frame.
+    """
+    if isinstance(frames, (str, Path)):
+        pictures = [Image.open(p).convert("RGB") for p in sorted(Path(frames).glob("*.png"))]
+        if not pictures:
+            raise FileNotFoundError(f"no PNG files in {frames}; train with save_every=1 first")
+    else:
+        pictures = [_as_picture(figure) for figure in frames]
+        if not pictures:
+            raise FileNotFoundError("no frames were given")
+    path = prepare_file(path)
+    durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * hold)]
+    small = [p.quantize(64) for p in pictures]
+    small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
+    return path
+
+
+def _as_picture(figure: Figure) -> Image.Image:
+    """Return a Figure drawn off screen."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def _axes(ax: plt.Axes | None, figsize: tuple[float, float]) -> tuple[Figure, plt.Axes]:
+    if ax is not None:
+        return ax.figure, ax
+    fig, axes = _subplots(1, 1, figsize=figsize)
+    return fig, axes
+
+
+def _subplots(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Figure, Any]:
+    """Return a figure that pyplot has already let go of: a notebook shows it once, and none piles up in memory."""
+    fig, axes = plt.subplots(rows, columns, figsize=figsize, dpi=80, layout="constrained")
+    plt.close(fig)
+    return fig, axes
+
+
+def prepare_file(path: str | Path) -> Path:
+    """Return the path with its folder made; raises OSError that says which folder cannot be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write into {path.parent} ({error.strerror}); choose another with out_dir=…") from error
+    return path
+
+
+def in_notebook() -> bool:
+    """Return whether a Jupyter kernel runs this, where HTML and figures can be displayed."""
+    return "ipykernel" in sys.modules and "IPython" in sys.modules
+
+
+class ProgressBar(Callback):
+    """Show a bar over the whole run with images per second, time left and the newest losses."""
+
+    def on_train_begin(self, gan: Trainer) -> None:
+        """Open the bar; where nobody watches it live, it stays away and each epoch has its line anyway."""
+        left = (gan.last_epoch - gan.epoch) * len(gan.images) - gan.position
+        live = sys.stderr.isatty() or (in_notebook() and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch")
+        self.bar = tqdm(total=max(0, left), unit="img", unit_scale=True, leave=False, mininterval=0.5, disable=not live)
+
+    def on_batch_end(self, gan: Trainer) -> None:
+        """Move the bar by one batch."""
+        self.bar.update(gan.config.batch_size * max(1, gan.config.d_steps))
+        log = gan.history.batches
+        if gan.step % gan.config.log_every == 0 and log["step"]:
+            losses = f"D {log['loss_D'][-1]:.3f} G {log['loss_G'][-1]:.3f}"
+            self.bar.set_description(f"epoch {gan.epoch + 1}/{gan.last_epoch} {losses}")
+
+    def on_train_end(self, gan: Trainer) -> None:
+        """Close the bar, and say why training ended early if it did."""
+        self.bar.close()
+        if gan.stop_reason:
+            where = f"after {gan.epoch} epochs" + (f" and {gan.batch} batches" if gan.position else "")
+            print(f"stopped {where}: {gan.stop_reason}; everything is kept, train() goes on from there")
+
+
+class EpochReport(Callback):
+    """Show 32 real beside 32 generated images, the averages and the health panel after every epoch."""
+
+    def on_epoch_end(self, gan: GAN) -> None:
+        """Display inline in a notebook; print, and save the grid, in a terminal."""
+        now = gan.history.last()
+        print(
+            f"epoch {now['epoch']:.4g}/{gan.last_epoch}  loss_D {now['loss_D']:.4f}  loss_G {now['loss_G']:.4f}  "
+            f"D(x) {now['D_x']:.3f}  D(G(z)) {now['D_G_z']:.3f}  D accuracy {now['D_acc']:.1%}  "
+            f"{now['seconds']:.0f} s, {now['images_per_second']:.0f} images/s"
+        )
+        figure = plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), f"epoch {now['epoch']:.4g}")
+        if in_notebook():
+            from IPython.display import display  # only a notebook has it for sure
+
+            display(figure, gan.diagnose())
+        else:
+            print(gan.diagnose())
+            print(f"  grid: {save_picture(figure, gan.folder / 'real_vs_fake.png')}")
+
+
+class SaveGrids(Callback):
+    """Save a grid of the fixed-noise samples every `save_every` epochs: the frames of the animation."""
+
+    def on_epoch_end(self, gan: GAN) -> None:
+        """Save; a full disk costs the picture, never the training."""
+        every = gan.config.save_every
+        if every and not gan.position and gan.epoch % every == 0:
+            try:
+                gan.generate_images(gan.epoch)
+            except OSError as error:
+                warnings.warn(f"the grid of epoch {gan.epoch} was not saved: {error}", stacklevel=2)
+
+
+def save_picture(figure: Figure, path: str | Path) -> Path:
+    """Save a figure as PNG and return its path; raises OSError that says what to do."""
+    path = prepare_file(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path} ({error.strerror}); free some space or choose another out_dir") from error
+    return path
+
+
+class BatchLines(Callback):
+    """Print the lines and epoch blocks of the 28×28 recipe's README."""
+
+    def on_batch_end(self, gan: Trainer) -> None:
+        """Print one line per `log_every` batches of an epoch."""
+        log = gan.history.batches
+        if gan.position and gan.step % gan.config.log_every == 0 and log["step"]:
+            tqdm.write(
+                f"Epoch {gan.epoch + 1}/{gan.last_epoch} | Batch {gan.batch} | D_loss: {log['loss_D'][-1]:.4f} | "
+                f"D_acc: {log['D_acc'][-1]:.2%} | G_loss: {log['loss_G'][-1]:.4f}",
+                file=sys.stdout,
+            )
+
+    def on_epoch_end(self, gan: Trainer) -> None:
+        """Print the summary block of the epoch."""
+        now = gan.history.last()
+        print(
+            f"{'=' * 60}\nEpoch {now['epoch']:.4g}/{gan.last_epoch} summary ({now['seconds']:.0f} s)\n"
+            f"  D loss: {now['loss_D']:.4f}   D accuracy: {now['D_acc']:.2%}\n  G loss: {now['loss_G']:.4f}\n"
+            f"  {balance_line(now['D_acc'])}\n{'=' * 60}"
+        )
+
+
+def balance_line(accuracy: float) -> str:
+    """Return the README's verdict on D's accuracy: below 30 % G is too strong, above 80 % D is, 40–70 % is balanced."""
+    if accuracy < 0.3:
+        return "⚠️ Generator too strong!"
+    if accuracy > 0.8:
+        return "⚠️ Discriminator too strong!"
+    return "✅ Training balanced!" if 0.4 <= accuracy <= 0.7 else "🟡 Slightly out of balance"
+
+
+# ======================================================================================================================
+# Saving: safetensors for tensors, JSON for the rest; loading never runs code from a file
+# ======================================================================================================================
+class CheckpointError(ValueError):
+    """Say why a checkpoint cannot be loaded and what to do."""
+
+
+def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
+    """Write all that training needs to go on into the folder `path`, and return it.
+
+    Tensors go to weights.safetensors, the rest to state.json, in a temporary folder that is then moved into place: a stop
+    or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do.
+    """
+    path = Path(path)
+    tensors, groups = {f"rng.{name}": state for name, state in gan._rng.items()}, {}
+    for name in ("generator", "discriminator", "average"):
+        network = getattr(gan, name)
+        tensors |= (
+            {f"{name}.{key}": value for key, value in network.state_dict().items()} if network is not None else {}
+        )
+    for name in ("optimizer_G", "optimizer_D"):
+        state = getattr(gan, name).state_dict()
+        groups[name] = state["param_groups"]
+        for index, values in state["state"].items():
+            tensors |= {f"{name}.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    record = {
+        "format": CHECKPOINT_FORMAT,
+        "version": __version__,
+        "torch": torch.__version__,
+        "recipe": gan.recipe,
+        "config": dataclasses.asdict(gan.config),
+        "progress": {"epoch": gan.epoch, "step": gan.step, "position": gan.position, "sums": gan._sums},
+        "history": gan.history.to_json(),
+        "param_groups": groups,
+        "scalers": {"G": gan.scaler_G.state_dict(), "D": gan.scaler_D.state_dict()},
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            new = Path(folder) / "new"
+            new.mkdir()
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                new / "weights.safetensors",
+            )
+            (new / "state.json").write_text(json.dumps(record))
+            if path.exists():
+                path.rename(Path(folder) / "old")
+            new.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(
+            f"cannot save {path} ({error}); free some space or choose another folder: nothing was lost"
+        ) from error
+    gan.last_checkpoint = path
+    return path
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the record and the tensors of a checkpoint folder; raises FileNotFoundError or CheckpointError."""
+    path = Path(path)
+    for name in ("state.json", "weights.safetensors"):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f"{path} is no checkpoint: it has no {name}; pass the folder that save() wrote")
+    try:
+        record = json.loads((path / "state.json").read_text())
+        if record["format"] > CHECKPOINT_FORMAT:
+            raise CheckpointError(
+                f"{path} was written by dcgan_utils {record['version']}, this is {__version__}; update dcgan_utils.py"
+            )
+        return record, load_file(path / "weights.safetensors")
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); load an older checkpoint") from error
+
+
+def restore(gan: Trainer, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Put what a checkpoint holds into a GAN of the same Config; raises CheckpointError when they do not fit."""
+    try:
+        for name in ("generator", "discriminator", "average"):
+            network = getattr(gan, name)
+            if network is not None:
+                network.load_state_dict(_part(tensors, name))
+        for name in ("optimizer_G", "optimizer_D"):
+            _restore_optimizer(getattr(gan, name), record["param_groups"][name], _part(tensors, name))
+        gan.scaler_G.load_state_dict(record["scalers"]["G"])
+        gan.scaler_D.load_state_dict(record["scalers"]["D"])
+        gan.history = History.from_json(record["history"])
+        progress = record["progress"]
+        gan.epoch, gan.step, gan.position = (progress[name] for name in ("epoch", "step", "position"))
+        gan._sums = dict(progress["sums"])
+        gan._rng = _part(tensors, "rng")
+    except (KeyError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint does not fit its own config ({str(error).splitlines()[0]})") from error
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict], tensors: dict[str, Tensor]) -> None:
+    """Load an optimiser's state; the fused step needs it in its weights' memory layout, which the file does not keep."""
+    state: dict[int, dict[str, Tensor]] = {}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for name, value in tensors.items():
+        index, key = name.split(".")
+        weight = weights[int(index)]
+        value = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
+        state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def newest_checkpoint(folder: str | Path) -> Path:
+    """Return the checkpoint `folder` itself, or the newest epoch-… in it; raises FileNotFoundError."""
+    folder = Path(folder)
+    if (folder / "state.json").is_file():
+        return folder
+    found = sorted(p.parent for p in folder.glob("epoch-*/state.json"))
+    if not found:
+        raise FileNotFoundError(f"no checkpoint in {folder}: looked for state.json and epoch-*/state.json")
+    return found[-1]
+
+
+class SaveCheckpoints(Callback):
+    """Save a checkpoint into folder/epoch-NNNN after every epoch and at the end; the two newest are kept."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_train_begin(self, gan: Trainer) -> None:
+        """Fail before the first batch, not after the first epoch, where the folder cannot be written."""
+        prepare_file(self.folder / "x")
+        if not os.access(self.folder, os.W_OK):
+            raise OSError(f"cannot write into {self.folder}; choose another folder")
+
+    def on_epoch_end(self, gan: Trainer) -> None:
+        """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
+        try:
+            save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
+        except OSError as error:
+            warnings.warn(str(error), stacklevel=2)
+            return
+        for old in sorted(self.folder.glob("epoch-*"))[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+# ======================================================================================================================
+# Recipes: what one imports
+# ======================================================================================================================
+class GAN(Trainer):
+    """Add pictures, health and saving to the training loop; the recipes below add their networks and numbers."""
+
+    bands: tuple[Band, ...] = ()  # the README's own reading of D's answers
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of this recipe's pictures."""
+        return Path(self.config.out_dir) / self.recipe
+
+    def default_callbacks(self) -> list[Callback]:
+        """Return progress bar, epoch report and saved grids."""
+        return [ProgressBar(), EpochReport(), SaveGrids()]
+
+    def diagnose(self) -> Diagnosis:
+        """Return the health panel of the newest epoch, with the recipe's own bands."""
+        return diagnose(self.history, self.config, self.bands)
+
+    def generate_images(self, epoch: int | str | None = None, n: int = 36) -> Figure:
+        """Return a figure of n fixed-noise samples, also saved under out_dir as epoch_NNN.png or images_NAME.png."""
+        title = f"epoch {epoch}" if epoch is not None else f"after {self.history.last().get('epoch', 0):.4g} epochs"
+        figure = plot_images(self.fixed_samples(n), f"{type(self).__name__}, {title}", columns=math.ceil(math.sqrt(n)))
+        number = f"{epoch:03d}" if isinstance(epoch, int) else None
+        name = f"frames/epoch_{number}.png" if number else f"images_{epoch or 'now'}.png"
+        save_picture(figure, self.folder / name)
+        return figure
+
+    def plot_history(self, history: History | None = None) -> Figure:
+        """Return the figure of losses, D's answers and diversity over the epochs."""
+        return plot_history(history or self.history)
+
+    def save(self, path: str | Path) -> Path:
+        """Save networks, optimisers, average, RNG, config and history into a folder; raises OSError."""
+        return save_checkpoint(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> GAN:
+        """Return the GAN of a checkpoint, ready to sample or train on; `GAN.load` takes any recipe.
+
+        overrides: Config fields of the machine, such as device or out_dir.
+        Raises FileNotFoundError, and CheckpointError for a damaged, newer or other recipe's checkpoint.
+        """
+        path = newest_checkpoint(path)
+        record, tensors = read_checkpoint(path)
+        kind = RECIPES.get(record.get("recipe"))
+        if kind is None:
+            raise CheckpointError(
+                f"{path} is of recipe {record.get('recipe')!r}{nearest_name(str(record.get('recipe')), RECIPES)}"
+            )
+        if not issubclass(kind, cls):
+            raise CheckpointError(f"{path} is a {kind.__name__}, not a {cls.__name__}; use {kind.__name__}.load")
+        try:
+            config = configure(Config(), **{**record["config"], **overrides})
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} has a config that does not fit: {error}") from error
+        gan = kind(config)
+        restore(gan, record, tensors)
+        gan.last_checkpoint = path
+        return gan
+
+
+class DCGAN(GAN):
+    """The 64×64 PyTorch recipe: BatchNorm in both networks, labels 0.85 and 0.2 (Radford et al. 2015)."""
+
+    recipe = "dcgan"
+    networks = (DCGANGenerator, DCGANDiscriminator)
+    bands = DCGAN_BANDS
+
+    @classmethod
+    def check_image_size(cls, size: int) -> None:
+        """Raise ValueError unless size is 16, 32, 64, …: the networks double from 4×4."""
+        if size & (size - 1):
+            below = 2 ** int(math.log2(size))
+            raise ValueError(
+                f"image_size = {size}: DCGAN doubles from 4×4, so it makes {below} or {2 * below}, as 16, 32, 64 …"
+            )
+
+
+class StableDCGAN(GAN):
+    """The 28×28 TensorFlow recipe rebuilt: 2,330,944 and 212,865 parameters, Dropout in D, labels 0.9 and 0."""
+
+    recipe = "stable"
+    networks = (StableGenerator, StableDiscriminator)
+    bands = STABLE_BANDS
+    defaults = Config(
+        image_size=28,
+        num_epochs=40,
+        lr_G=1e-4,  # the README leaves it open
+        lr_D=1e-4,
+        adam_eps=1e-7,  # TensorFlow's default
+        real_label_smooth=0.9,  # one-sided smoothing (Salimans et al. 2016)
+        fake_label_smooth=0.0,
+        dropout_D=0.3,
+        start_at_mean=False,  # no biases in G: the parameter count is the README's
+        save_every=5,
+    )
+
+    def default_callbacks(self) -> list[Callback]:
+        """Return what every recipe shows, after the lines and blocks of this recipe's README."""
+        return [BatchLines(), *super().default_callbacks()]
+
+
+class FastDCGAN(GAN):
+    """Ours: digits in seconds, of the class one asks for; `conditional=False` for the label-free one."""
+
+    recipe = "fast"
+    networks = (FastGenerator, FastDiscriminator)
+    defaults = Config(
+        image_size=28,
+        nz=64,
+        ndf=32,
+        conditional=True,  # labels are worth a factor of ten in distance
+        num_epochs=4,
+        lr_G=2e-3,  # ten times DCGAN's: small networks bear it, and the schedule ends at 0
+        lr_D=2e-3,
+        lr_schedule="linear_tail",
+        beta2=0.99,
+        real_label_smooth=0.9,
+        fake_label_smooth=0.0,
+        start_at_mean=True,
+        ema=0.99,  # averages out the last steps' wobble
+    )
+
+    @classmethod
+    def resolve(cls, config: Config | None = None, **overrides: Any) -> Config:
+        """Return the recipe's Config; the label-free one halves the learning rates unless told otherwise."""
+        if config is None and overrides.get("conditional") is False:
+            overrides = {"lr_G": 1e-3, "lr_D": 1e-3, **overrides}
+        return super().resolve(config, **overrides)
+
+
+RECIPES: dict[str, type[GAN]] = {kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN)}
+
+
+# ======================================================================================================================
+# Command line
+# ======================================================================================================================
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train a recipe or sample from a checkpoint; an error is one line and exit code 1."""
+    parser = argparse.ArgumentParser(prog="dcgan_utils.py", description="Train DCGANs and sample from them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train a recipe, or go on")
+    train.add_argument("--recipe", default="fast", help=f"one of {', '.join(RECIPES)} (default: fast)")
+    train.add_argument("--epochs", type=int, help="in all, those of a resumed run included (default: the recipe's)")
+    train.add_argument("--max-seconds", type=float, help="stop after so many seconds")
+    train.add_argument("--data", default="mnist", help="mnist, fashion-mnist, kmnist, or a folder of IDX or CSV files")
+    train.add_argument("--out", type=Path, default=Path("outputs"), help="folder of checkpoints and pictures")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields, such as lr_D=5e-5")
+    sample = commands.add_parser("sample", help="write samples as a NumPy file")
+    sample.add_argument("--checkpoint", type=Path, required=True, help="a checkpoint, or a folder of them")
+    sample.add_argument("--n", type=int, default=64, help="how many (default: 64)")
+    sample.add_argument("--seed", type=int, help="the same seed gives the same samples")
+    sample.add_argument("--digits", type=int, nargs="+", help="conditional recipes: one digit, or one for each sample")
+    sample.add_argument("--out", type=Path, required=True, help="the .npz file to write")
+    options = parser.parse_args(arguments)
+    try:
+        return {"train": _train_command, "sample": _sample_command}[options.command](options)
+    except (ValueError, OSError, DivergenceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _train_command(options: argparse.Namespace) -> int:
+    """Train or resume, with a checkpoint after every epoch."""
+    if options.recipe not in RECIPES:
+        raise ValueError(f"no recipe {options.recipe!r}{nearest_name(options.recipe, list(RECIPES))}")
+    kind = RECIPES[options.recipe]
+    overrides = {"out_dir": str(options.out), **_parse_fields(options.set)}
+    if options.epochs is not None:
+        overrides["num_epochs"] = options.epochs
+    if options.resume:
+        gan = kind.load(options.out, **overrides)
+    elif list(options.out.glob("epoch-*/state.json")):
+        raise ValueError(f"{options.out} already holds checkpoints; add --resume, or choose another --out")
+    else:
+        gan = kind(**overrides)
+    print(f"{kind.__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}")
+    callbacks = [*gan.default_callbacks(), SaveCheckpoints(options.out)]
+    gan.train(data=options.data, max_seconds=options.max_seconds, callbacks=callbacks)
+    if gan.history["epoch"]:
+        gan.generate_images("FINAL")
+        print(f"checkpoint: {gan.last_checkpoint}   pictures: {gan.folder}")
+    return 0
+
+
+def _parse_fields(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return Config fields from FIELD=VALUE texts; a value that is not JSON is taken as a word."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set {pair!r} is not FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+def _sample_command(options: argparse.Namespace) -> int:
+    """Write images float32 (n, 1, H, W) in [-1, 1], and their digits where the recipe has classes."""
+    gan = GAN.load(options.checkpoint)
+    images = gan.sample(options.n, seed=options.seed, digits=options.digits)
+    arrays = {"images": images.numpy()}
+    if gan.config.conditional:
+        arrays["digits"] = gan._digits(options.n, options.digits).cpu().numpy()
+    np.savez_compressed(prepare_file(options.out), **arrays)
+    print(f"{options.n} images of {images.shape[2]}×{images.shape[3]} in {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -109,9 +109,7 @@ class Config:
     real_label_smooth: float = 0.85  # a: D's target for real images
     fake_label_smooth: float = 0.2  # b: D's target for generated images
     generator_target: float = 1.0  # what G wants D to say of its images (non-saturating loss)
-    start_at_mean: bool = (
-        True  # G's output layer gets a bias that starts at the data's mean grey; False: literal recipe
-    )
+    start_at_mean: bool = True  # G's output bias starts at the data's mean grey; False is the literal recipe
     # remedies, off unless a recipe names them
     dropout_D: float = 0.0  # share of D's hidden activations dropped: weakens D
     dropout_G: float = 0.0  # the same in G: more varied samples
@@ -194,7 +192,7 @@ def load_images(source: str | Path = "mnist", split: str = "train") -> tuple[Ten
     """Load images and labels, and say in one printed line where they came from.
 
     source: "mnist" (Kaggle's input mounts, then the embedded files, then a download), "fashion-mnist" or "kmnist"
-    (torchvision), or a folder with IDX files (plain or .gz, nested or not) or Kaggle CSV files. split: "train" | "test".
+    (torchvision), or a folder with IDX (plain or .gz, nested or not) or Kaggle CSV files. split: "train" | "test".
     Returns images uint8 (N, H, W) and labels int64 (N,); all labels are -1 where the source has none.
     Raises FileNotFoundError that lists what was looked for, and ValueError for a file that is not what it should be.
     """
@@ -796,7 +794,7 @@ class Trainer:
         return network.to(self.device, memory_format=torch.channels_last)
 
     def reconfigure(self, **changes: Any) -> None:
-        """Change Config fields of a GAN that exists, from the next batch on; those that shape the networks are refused."""
+        """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
         config = configure(self.config, **changes)
         fixed = {"image_size", "nz", "ngf", "ndf", "conditional", "num_classes", "optimizer", "start_at_mean", "seed"}
         fixed |= {"dropout_D", "dropout_G", "device", "precision"}
@@ -824,8 +822,8 @@ class Trainer:
         """Train on, from where the last call or checkpoint ended, and return the history.
 
         epochs: how many further ones (None: what config.num_epochs leaves). data: a source of `load_images`, uint8
-        images (N, H, W), or (images, labels). max_seconds: stop after the batch that reaches it. callbacks: None for the
-        recipe's own; [] for silence. Ctrl-C stops after the batch; everything is kept, and the next call goes on there.
+        images (N, H, W), or (images, labels). max_seconds: stop after the batch that reaches it. callbacks: None for
+        the recipe's own; [] for silence. Ctrl-C stops after the batch: all is kept, and the next call goes on there.
         Raises ValueError for data that do not fit, DivergenceError when a loss is no longer a number.
         """
         if batch_size is not None:
@@ -914,7 +912,7 @@ class Trainer:
             return self.generator(z, labels).float()
 
     def update(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
-        """Take one optimiser step down the loss; the scaler only acts in fp16, where it skips a step that overflowed."""
+        """Take one optimiser step; the scaler acts in fp16 only, where it skips a step that overflowed."""
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
@@ -926,7 +924,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
 
     def noisy(self, images: Tensor) -> Tensor:
-        """Return what D sees of images: with Gaussian noise where the Config asks for it (Arjovsky & Bottou 2017, §3)."""
+        """Return what D sees: with Gaussian noise where the Config asks for it (Arjovsky & Bottou 2017, §3)."""
         fade = 1 - self.step / self.config.noise_D_batches if self.config.noise_D_batches else 1.0
         std = self.config.noise_D * max(0.0, fade)
         return images + std * torch.randn_like(images) if std else images
@@ -967,8 +965,8 @@ class Trainer:
             batch = self.batch - len(rows) + int(bad[0]) + 1
             kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved"
             raise DivergenceError(
-                f"a loss is not a number in epoch {self.epoch + 1}, batch {batch}: training has stopped, the history is "
-                f"kept, {kept}; load it or start anew with a lower lr_G and lr_D"
+                f"a loss is not a number in epoch {self.epoch + 1}, batch {batch}: training has stopped, the history "
+                f"is kept, {kept}; load it or start anew with a lower lr_G and lr_D"
             )
         for name, value in zip(METRICS, rows.sum(dim=0).tolist(), strict=True):
             self._sums[name] += value
@@ -1044,8 +1042,8 @@ class Trainer:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.config.num_classes:
             raise ValueError(
-                f"{type(self).__name__} is class-conditional and needs labels 0 … {self.config.num_classes - 1}, the data "
-                f"have {'none' if low < 0 else f'{low} … {high}'}; pass (images, labels) or conditional=False"
+                f"{type(self).__name__} is class-conditional and needs labels 0 … {self.config.num_classes - 1}, the "
+                f"data have {'none' if low < 0 else f'{low} … {high}'}; pass (images, labels) or conditional=False"
             )
 
     @contextmanager
@@ -1192,7 +1190,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def stop_on_interrupt(gan: Trainer) -> Iterator[None]:
-    """Turn the first Ctrl-C into a stop after the batch under way, so that D, G and the record agree; a second one acts.
+    """Turn the first Ctrl-C into a stop after the batch under way, so that D, G and the record agree.
 
     Outside the main thread, where Python delivers no signals, it does nothing: call `gan.stop` there.
     """
@@ -1254,35 +1252,22 @@ class Band:
     title: str
     green: tuple[float, float]
     yellow: tuple[float, float]
-    low: tuple[str, str]  # meaning and remedy below the green band
-    high: tuple[str, str]  # the same above it
+    low: str  # what it means below the green band
+    high: str  # what it means above it
+    high_is_strong: bool  # above the band D is too strong and below it too weak, or the other way round
 
 
-D_TOO_STRONG = "lower lr_D by half, or set noise_D=0.1 or dropout_D=0.3"
-D_TOO_WEAK = "raise lr_D to 0.0002, set d_steps=2, or lower lr_G by half"
+WEAKEN_D = "lower lr_D by half, or noise_D=0.1, or dropout_D=0.3"
+STRENGTHEN_D = "raise lr_D to 0.0002, or d_steps=2, or lower lr_G by half"
 DCGAN_BANDS = (
-    Band(
-        "D_x", "D(x)", (0.7, 0.9), (0.5, 1.0), ("D is too weak to know real digits", D_TOO_WEAK), ("D is too sure", D_TOO_STRONG)
-    ),
-    Band(
-        "D_G_z", "D(G(z))", (0.1, 0.6), (0.05, 0.8),
-        ("D is too strong: near 0 G learns nothing", D_TOO_STRONG), ("D is fooled: it is too weak", D_TOO_WEAK),
-    ),
-)  # fmt: skip
+    Band("D_x", "D(x)", (0.7, 0.9), (0.5, 1.0), "D is too weak to know real digits", "D is too sure of them", True),
+    Band("D_G_z", "D(G(z))", (0.1, 0.6), (0.05, 0.8), "D is too strong: G learns nothing", "D is fooled", False),
+)
 STABLE_BANDS = (
-    Band(
-        "D_acc", "D accuracy", (0.4, 0.7), (0.3, 0.8),
-        ("G is too strong", D_TOO_WEAK), ("D is too strong", D_TOO_STRONG),
-    ),
-    Band(
-        "loss_D", "D loss", (1.15, 1.5), (0.7, 2.5),
-        ("below 1.35, where it settles: D is winning", D_TOO_STRONG), ("above 1.35, where it settles: D is losing", D_TOO_WEAK),
-    ),
-    Band(
-        "loss_G", "G loss", (0.6, 1.4), (0.3, 3.0),
-        ("below 0.85, where it settles: D is losing", D_TOO_WEAK), ("above 0.85, where it settles: D is winning", D_TOO_STRONG),
-    ),
-)  # fmt: skip
+    Band("D_acc", "D accuracy", (0.4, 0.7), (0.3, 0.8), "G is too strong", "D is too strong", True),
+    Band("loss_D", "D loss", (1.15, 1.5), (0.7, 2.5), "it settles near 1.35: D wins", "D loses", False),
+    Band("loss_G", "G loss", (0.6, 1.4), (0.3, 3.0), "it settles near 0.85: D loses", "D wins", True),
+)
 
 
 def diagnose(history: History, config: Config | None = None, bands: Sequence[Band] = ()) -> Diagnosis:
@@ -1313,9 +1298,9 @@ def grade(value: float, green: tuple[float, float], yellow: tuple[float, float])
 def _check_band(now: dict[str, float], band: Band) -> Finding:
     value = now[band.metric]
     status = grade(value, band.green, band.yellow)
-    meaning, remedy = ("inside the README's band", "") if status == "green" else band.low
-    if status != "green" and value > band.green[1]:
-        meaning, remedy = band.high
+    above = value > band.green[1]
+    meaning = "inside the README's band" if status == "green" else band.high if above else band.low
+    remedy = "" if status == "green" else WEAKEN_D if above == band.high_is_strong else STRENGTHEN_D
     return Finding(
         f"{band.title} (README)", status, f"{value:.2f}", f"{band.green[0]:g} – {band.green[1]:g}", meaning, remedy
     )
@@ -1334,13 +1319,11 @@ def _check_diversity(now: dict[str, float], config: Config) -> Finding:
     value = now["diversity"]
     status = grade(value, (0.7, 1.3), (0.4, 1.6))
     if value < 0.7:
-        meaning = (
-            "the samples are nearly all alike: mode collapse, whatever D says"
-            if status == "red"
-            else "samples vary little"
-        )
+        meaning = "samples vary less than real digits do"
+        if status == "red":
+            meaning = "samples are nearly all alike, whatever D says: collapse, or hardly trained"
         remedy = (
-            "start_at_mean=True, noise_D=0.1, or dropout_G=0.3" if status == "red" else "wait; if it falls, noise_D=0.1"
+            "wait; if it falls: noise_D=0.1 or dropout_G=0.3" if config.start_at_mean else "noise_D=0.1, dropout_G=0.3"
         )
     elif status == "green":
         meaning, remedy = "samples differ from each other as real digits do", ""
@@ -1355,7 +1338,7 @@ def _check_separation(now: dict[str, float], config: Config) -> Finding:
     status = grade(value, (-0.05, 0.85), (-0.2, 0.98))
     if value > 0.85:
         meaning = f"D tells nearly all apart (D(x) → {a:g}, D(G(z)) → {b:g}): look at the samples, not at D"
-        remedy = f"if it stays: {D_TOO_STRONG}"
+        remedy = f"if it stays: {WEAKEN_D}"
     elif status == "green":
         meaning, remedy = "0: D cannot tell real from fake; 1: D tells all apart", ""
     else:
@@ -1377,7 +1360,7 @@ def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
     status = "yellow" if now["loss_D"] > balance + 0.5 else "green"
     meaning = f"{floor:.2f} = D separates perfectly, {balance:.2f} = equilibrium, where both D's answers are "
     meaning += f"{(config.real_label_smooth + config.fake_label_smooth) / 2:g}"
-    remedy = "" if status == "green" else D_TOO_WEAK
+    remedy = "" if status == "green" else STRENGTHEN_D
     return Finding("D loss (theory)", status, f"{now['loss_D']:.2f}", f"{floor:.2f} – {balance:.2f}", meaning, remedy)
 
 
@@ -1492,7 +1475,6 @@ def plot_history(history: History) -> Figure:
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.legend(fontsize=7)
-    fig.tight_layout()
     return fig
 
 
@@ -1547,6 +1529,18 @@ def prepare_file(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write into {path.parent} ({error.strerror}); choose another with out_dir=…") from error
     return path
+
+
+def scaled(smoke: Any, cpu: Any, gpu: Any) -> Any:
+    """Return the value for this run's scale: DCGAN_PROFILE = smoke | cpu | gpu, by default what the machine has.
+
+    Raises ValueError for another value of the variable.
+    """
+    profile = os.environ.get("DCGAN_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
+    values = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
+    if profile not in values:
+        raise ValueError(f"DCGAN_PROFILE = {profile!r}; it is smoke, cpu or gpu")
+    return values[profile]
 
 
 def in_notebook() -> bool:
@@ -1665,8 +1659,8 @@ class CheckpointError(ValueError):
 def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
     """Write all that training needs to go on into the folder `path`, and return it.
 
-    Tensors go to weights.safetensors, the rest to state.json, in a temporary folder that is then moved into place: a stop
-    or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do.
+    Tensors go to weights.safetensors, the rest to state.json, in a temporary folder that is then moved into place: a
+    stop or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do.
     """
     path = Path(path)
     tensors, groups = {f"rng.{name}": state for name, state in gan._rng.items()}, {}
@@ -1754,7 +1748,7 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def _restore_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict], tensors: dict[str, Tensor]) -> None:
-    """Load an optimiser's state; the fused step needs it in its weights' memory layout, which the file does not keep."""
+    """Load an optimiser's state in its weights' memory layout, which the file loses and fused Adam needs."""
     state: dict[int, dict[str, Tensor]] = {}
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     for name, value in tensors.items():

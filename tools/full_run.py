@@ -1,0 +1,55 @@
+"""Train one recipe for long, in slices, and leave what the README and the notebooks show under results/.
+
+    python tools/full_run.py --recipe dcgan --name dcgan --slice 300 [--epochs 30] [--minutes 90] [--set FIELD=VALUE …]
+
+After every slice of `--slice` seconds: a checkpoint under outputs/full_run/NAME, so that a stop loses nothing and the
+same command goes on, and a frame. At the end results/NAME holds history.json, grid.png and training.gif.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dcgan_utils as du  # noqa: E402
+
+
+def main() -> None:
+    """Train, or go on, and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, choices=list(du.RECIPES))
+    parser.add_argument("--name", required=True, help="folder under results/")
+    parser.add_argument("--epochs", type=int, help="in all (default: the recipe's)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
+    parser.add_argument("--slice", type=float, default=600, help="seconds between two checkpoints")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
+    options = parser.parse_args()
+    work, results = ROOT / "outputs" / "full_run" / options.name, ROOT / "results" / options.name
+    overrides = {"out_dir": str(work), **du._parse_fields(options.set)}
+    if options.epochs:
+        overrides["num_epochs"] = options.epochs
+    kind = du.RECIPES[options.recipe]
+    gan = kind.load(work / "newest") if (work / "newest").exists() else kind(**overrides)
+    end = time.monotonic() + 60 * options.minutes
+    frame = len(list((work / "frames").glob("*.png")))
+    while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
+        gan.train(max_seconds=min(options.slice, end - time.monotonic()), callbacks=[])
+        gan.save(work / "newest")
+        title = f"{kind.__name__}, epoch {gan.history['epoch'][-1]:.2f}"
+        figure = du.plot_images(gan.fixed_samples(36), title, columns=6)
+        du.save_picture(figure, work / "frames" / f"{frame:04d}.png")
+        frame += 1
+        print(title, gan.history, gan.diagnose().status, f"diversity {gan.history['diversity'][-1]:.2f}", flush=True)
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "history.json").write_text(json.dumps(gan.history.to_json(), default=float))
+    du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title), results / "grid.png")
+    du.save_picture(gan.plot_history(), results / "history.png")
+    du.make_animation(work / "frames", results / "training.gif")
+
+
+if __name__ == "__main__":
+    main()

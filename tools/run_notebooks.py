@@ -1,6 +1,6 @@
-"""Run notebooks top to bottom and save them with their outputs, as they are committed: no widget state, no progress bars.
+"""Run notebooks top to bottom and save them with their outputs as they are committed: no widget state, no bars.
 
-python tools/run_notebooks.py [notebooks/01_data.ipynb …]        # all of them by default; DCGAN_PROFILE sets the scale
+python tools/run_notebooks.py [notebooks/01_data.ipynb …]    # all by default; DCGAN_PROFILE sets the scale
 """
 
 import sys

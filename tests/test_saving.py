@@ -1,0 +1,168 @@
+"""Checkpoints: everything goes in, everything comes out, and a bad one says what is wrong."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import RECIPES, make, same, weights
+
+import dcgan_utils as du
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = du.load_images("mnist", "test")
+    return images[:64], labels[:64]
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_train_two_and_resume_two_equals_train_four(kind, digits, tmp_path):
+    options = {"num_epochs": 4, "ema": 0.9, "dropout_G": 0.1, "noise_D": 0.1}
+    whole, half = make(kind, **options), make(kind, **options)
+    whole.train(4, data=digits, callbacks=[])
+    half.train(2, data=digits, callbacks=[])
+    half.save(tmp_path / "half")
+    resumed = kind.load(tmp_path / "half")
+    resumed.train(data=digits, callbacks=[])  # what num_epochs leaves: two more
+    assert same(whole, resumed)
+    assert torch.equal(weights(whole.average), weights(resumed.average))
+    for name in ("optimizer_G", "optimizer_D"):
+        first, second = getattr(whole, name), getattr(resumed, name)
+        for index, parameter in enumerate(first.param_groups[0]["params"]):
+            mine, other = first.state[parameter], second.state[second.param_groups[0]["params"][index]]
+            assert all(torch.equal(mine[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    for name in (*du.METRICS, "diversity", "epoch"):
+        assert whole.history[name] == resumed.history[name]
+    assert whole.history.batches == resumed.history.batches
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "sgd"])
+def test_other_optimisers_resume_too(optimizer, digits, tmp_path):
+    whole, half = make(du.DCGAN, optimizer=optimizer), make(du.DCGAN, optimizer=optimizer)
+    whole.train(2, data=digits, callbacks=[])
+    half.train(1, data=digits, callbacks=[])
+    half.save(tmp_path / "half")
+    resumed = du.GAN.load(tmp_path / "half")
+    resumed.train(1, data=digits, callbacks=[])
+    assert same(whole, resumed)
+
+
+def test_a_process_that_never_saw_the_config_gives_the_same_samples(digits, tmp_path):
+    gan = make(nz=11, ngf=6, conditional=False)
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "ck")
+    command = [sys.executable, str(ROOT / "dcgan_utils.py"), "sample", "--checkpoint", str(tmp_path / "ck")]
+    command += ["--n", "5", "--seed", "3", "--out", str(tmp_path / "s.npz")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    import numpy as np
+
+    images = torch.from_numpy(np.load(tmp_path / "s.npz")["images"])
+    assert torch.allclose(images, gan.sample(5, seed=3), atol=1e-6)
+
+
+def test_files_are_safetensors_and_json(digits, tmp_path):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "ck")
+    assert sorted(p.name for p in (tmp_path / "ck").iterdir()) == ["state.json", "weights.safetensors"]
+    record = json.loads((tmp_path / "ck" / "state.json").read_text())
+    assert record["version"] == du.__version__
+    assert record["recipe"] == "fast"
+    assert record["config"]["nz"] == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["ck"]  # no temporary folder stays behind
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "ck")  # over an older one
+    assert du.FastDCGAN.load(tmp_path / "ck").epoch == 2
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_whole(digits, tmp_path, monkeypatch):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "ck")
+
+    def full(tensors, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(du, "save_file", full)
+    gan.train(1, data=digits, callbacks=[])
+    with pytest.raises(OSError, match=r"No space left.*free some space.*nothing was lost"):
+        gan.save(tmp_path / "ck")
+    with pytest.warns(UserWarning, match="No space left"):
+        gan.train(1, data=digits, callbacks=[du.SaveCheckpoints(tmp_path / "many")])
+    assert gan.history["epoch"] == [1, 2, 3]  # training went on
+    monkeypatch.undo()
+    assert du.FastDCGAN.load(tmp_path / "ck").epoch == 1
+
+
+def test_checkpoints_of_a_run_keep_the_two_newest(digits, tmp_path):
+    gan = make()
+    gan.train(4, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0003", "epoch-0004"]
+    assert du.newest_checkpoint(tmp_path).name == "epoch-0004"
+    assert gan.last_checkpoint == tmp_path / "epoch-0004"
+
+
+def break_checkpoint(folder, how):
+    state, tensors = folder / "state.json", folder / "weights.safetensors"
+    record = json.loads(state.read_text())
+    if how == "truncated tensors":
+        tensors.write_bytes(tensors.read_bytes()[:-100])
+    elif how == "truncated json":
+        state.write_text(state.read_text()[:50])
+    elif how == "newer":
+        state.write_text(json.dumps({**record, "format": 99, "version": "9.9"}))
+    elif how == "unknown recipe":
+        state.write_text(json.dumps({**record, "recipe": "fats"}))
+    elif how == "unknown field":
+        record["config"]["lr_Q"] = 1
+        state.write_text(json.dumps(record))
+    elif how == "other shapes":
+        record["config"]["ngf"] = 5
+        state.write_text(json.dumps(record))
+    else:
+        tensors.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [
+        ("truncated tensors", du.CheckpointError, "damaged"),
+        ("truncated json", du.CheckpointError, "damaged"),
+        ("newer", du.CheckpointError, "9.9.*update"),
+        ("unknown recipe", du.CheckpointError, "'fats'.*did you mean 'fast'"),
+        ("unknown field", du.CheckpointError, "lr_Q"),
+        ("other shapes", du.CheckpointError, "does not fit"),
+        ("missing file", FileNotFoundError, "no weights.safetensors"),
+    ],
+)
+def test_a_bad_checkpoint_says_what_is_wrong(how, error, message, tmp_path):
+    make().save(tmp_path / "ck")
+    break_checkpoint(tmp_path / "ck", how)
+    with pytest.raises(error, match=message):
+        du.FastDCGAN.load(tmp_path / "ck")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    make(du.StableDCGAN).save(tmp_path / "ck")
+    with pytest.raises(du.CheckpointError, match=r"StableDCGAN.*not a DCGAN.*StableDCGAN\.load"):
+        du.DCGAN.load(tmp_path / "ck")
+    assert isinstance(du.GAN.load(tmp_path / "ck"), du.StableDCGAN)
+    with pytest.raises(FileNotFoundError, match="no checkpoint"):
+        du.GAN.load(tmp_path)
+
+
+def test_an_unwritable_folder_is_refused_before_training(digits, tmp_path):
+    (tmp_path / "file").write_text("")
+    gan = make()
+    with pytest.raises(OSError, match="cannot write into"):
+        gan.train(1, data=digits, callbacks=[du.SaveCheckpoints(tmp_path / "file" / "inner")])
+    assert gan.step == 0
+    with pytest.raises(OSError, match="cannot save"):
+        gan.save(tmp_path / "file" / "ck")

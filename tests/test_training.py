@@ -1,0 +1,352 @@
+"""The training loop: what it records, that it can be repeated, stopped and steered, and what it refuses."""
+
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from tiny import RECIPES, make, same, weights
+
+import dcgan_utils as du
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = du.load_images("mnist", "test")
+    return images[:96], labels[:96]
+
+
+class StopAt(du.Callback):
+    """Ask for a stop after so many iterations."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def on_batch_end(self, gan):
+        if gan.step == self.at:
+            gan.stop("test")
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_history_has_one_value_per_epoch(kind, digits):
+    gan = make(kind, log_every=2)
+    history = gan.train(2, data=digits, callbacks=[])
+    names = {*du.METRICS, "diversity", "epoch", "seconds", "images_per_second"}
+    assert names == set(history)
+    assert all(len(values) == 2 for values in history.values())
+    assert history["epoch"] == [1, 2]
+    assert history.batches["step"] == [2, 4, 6, 8, 10, 12]  # 96 images are 6 batches of 16
+    mean = sum(history.batches["loss_D"][:3]) / 3  # every entry covers two batches
+    assert history["loss_D"][0] == pytest.approx(mean, rel=1e-6)
+    assert all(0 <= history[name][-1] <= 1 for name in ("D_x", "D_G_z", "D_acc"))
+    gan.train(1, data=digits, callbacks=[])
+    assert history["epoch"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_same_seed_gives_same_weights_bit_for_bit(kind, digits):
+    first, second, other = make(kind), make(kind), make(kind, seed=7)
+    for gan in (first, second, other):
+        gan.train(1, data=digits, callbacks=[])
+        torch.randn(5)  # the caller's random numbers must not matter
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_the_callers_random_numbers_are_left_alone(digits):
+    torch.manual_seed(3)
+    expected = torch.randn(4)
+    torch.manual_seed(3)
+    gan = make(du.StableDCGAN)
+    gan.train(1, data=digits, callbacks=[])
+    gan.sample(3)
+    gan.sample(3, seed=1)
+    assert torch.equal(torch.randn(4), expected)
+
+
+def test_a_callback_that_draws_random_numbers_changes_nothing(digits):
+    class Draws(du.Callback):
+        def on_batch_end(self, gan):
+            torch.randn(100)
+
+    first, second = make(du.StableDCGAN), make(du.StableDCGAN)
+    first.train(1, data=digits, callbacks=[])
+    second.train(1, data=digits, callbacks=[Draws()])
+    assert same(first, second)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_an_epoch_that_was_cut_short_goes_on_bit_for_bit(kind, digits, tmp_path):
+    whole, cut = make(kind, noise_D=0.1, ema=0.9), make(kind, noise_D=0.1, ema=0.9)
+    whole.train(2, data=digits, callbacks=[])
+    cut.train(2, data=digits, callbacks=[StopAt(4)])
+    assert (cut.epoch, cut.batch, cut.stop_reason) == (0, 4, "test")
+    assert len(cut.history["epoch"]) == 1
+    assert cut.history["epoch"][0] == pytest.approx(4 / 6)
+    cut.save(tmp_path / "cut")
+    resumed = kind.load(tmp_path / "cut")
+    resumed.train(2, data=digits, callbacks=[])
+    assert same(whole, resumed)
+    assert torch.equal(weights(whole.average), weights(resumed.average))
+    assert resumed.history["epoch"] == [1, 2]
+    assert resumed.history["loss_G"] == whole.history["loss_G"]
+
+
+def test_ctrl_c_stops_after_the_batch_and_keeps_everything(digits):
+    class PressCtrlC(du.Callback):
+        def on_batch_end(self, gan):
+            if gan.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    gan = make()
+    history = gan.train(5, data=digits, callbacks=[PressCtrlC()])
+    assert gan.step in (3, 4)  # the signal may arrive one batch later
+    assert gan.stop_reason == "interrupted"
+    assert len(history["loss_D"]) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    gan.train(1, data=digits, callbacks=[])
+    assert history["epoch"] == [1]
+
+
+def test_max_seconds_stops_and_says_so(digits):
+    gan = make()
+    gan.train(10_000, data=digits, max_seconds=0.3, callbacks=[])
+    assert "max_seconds" in gan.stop_reason
+    assert 0 < gan.step < 10_000 * 6
+
+
+def test_callbacks_are_told_in_order(digits):
+    calls = []
+
+    class Listens(du.Callback):
+        def on_train_begin(self, gan):
+            calls.append("begin")
+
+        def on_batch_end(self, gan):
+            calls.append("batch")
+
+        def on_epoch_end(self, gan):
+            calls.append("epoch")
+
+        def on_train_end(self, gan):
+            calls.append("end")
+
+    make(batch_size=48).train(2, data=digits, callbacks=[Listens()])
+    assert calls == ["begin", "batch", "batch", "epoch", "batch", "batch", "epoch", "end"]
+
+
+@pytest.mark.parametrize(("frozen", "field"), [("discriminator", "d_steps"), ("generator", "g_steps")])
+def test_zero_steps_freeze_a_player(frozen, field, digits):
+    gan = make(du.StableDCGAN, **{field: 0})
+    start = [parameter.clone() for parameter in getattr(gan, frozen).parameters()]
+    other = {"discriminator": "generator", "generator": "discriminator"}[frozen]
+    moved = [parameter.clone() for parameter in getattr(gan, other).parameters()]
+    gan.train(1, data=digits, callbacks=[])
+    assert all(torch.equal(a, b) for a, b in zip(start, getattr(gan, frozen).parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(moved, getattr(gan, other).parameters(), strict=True))
+
+
+def test_d_steps_take_a_batch_each_and_g_steps_none(digits):
+    gan = make(d_steps=2, g_steps=3)
+    gan.train(1, data=digits, callbacks=[])
+    assert gan.step == 3  # 96 images, two batches of 16 an iteration
+    moments = next(iter(gan.optimizer_D.state.values())), next(iter(gan.optimizer_G.state.values()))
+    assert [int(m["step"]) for m in moments] == [6, 9]
+
+
+def test_each_step_leaves_the_other_player_alone(digits):
+    gan = make(du.StableDCGAN)
+    gan._set_data(digits)
+    real = du.normalise(gan.images[:16])
+    fake = gan._fake(None)
+    g_before, d_before = weights(gan.generator), weights(gan.discriminator)
+    loss, d_x, d_g_z, accuracy = du.train_discriminator(gan, real, fake, None)
+    assert torch.equal(weights(gan.generator), g_before)
+    assert all(parameter.grad is None for parameter in gan.generator.parameters())
+    assert not torch.equal(weights(gan.discriminator), d_before)
+    assert not any(value.requires_grad for value in (loss, d_x, d_g_z, accuracy))
+    d_before, grads = weights(gan.discriminator), [p.grad.clone() for p in gan.discriminator.parameters()]
+    du.train_generator(gan, fake, None)
+    assert torch.equal(weights(gan.discriminator), d_before)
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, gan.discriminator.parameters(), strict=True))
+    assert all(parameter.requires_grad for parameter in gan.discriminator.parameters())
+    assert not torch.equal(weights(gan.generator), g_before)
+
+
+def test_the_average_follows_the_generator_as_its_formula_says(digits):
+    gan = make(ema=0.9)
+    expected = weights(gan.generator)
+
+    class Follows(du.Callback):
+        def on_batch_end(self, gan):
+            nonlocal expected
+            decay = min(0.9, gan.step / (9 + gan.step))  # step was raised after the update
+            expected = decay * expected + (1 - decay) * weights(gan.generator)
+
+    gan.train(1, data=digits, callbacks=[Follows()])
+    floats = torch.cat([v.double().flatten() for v in gan.average.state_dict().values() if v.is_floating_point()])
+    mask = torch.cat([torch.full((v.numel(),), v.is_floating_point()) for v in gan.generator.state_dict().values()])
+    assert torch.allclose(floats, expected[mask], atol=1e-5)
+    z = gan.latent(4, seed=1)
+    assert torch.equal(gan.generate(z), gan.sample(4, seed=1))
+    gan.average = None
+    assert not torch.equal(gan.generate(z), torch.zeros(4, 1, 28, 28))
+
+
+def test_public_recipes_keep_no_average():
+    assert make(du.DCGAN).average is None
+    assert make(du.StableDCGAN).average is None
+
+
+def test_noise_on_what_d_sees_fades():
+    gan = make(noise_D=0.5, noise_D_batches=100)
+    images = torch.zeros(64, 1, 28, 28)
+    assert gan.noisy(images).std().item() == pytest.approx(0.5, rel=0.02)
+    gan.step = 50
+    assert gan.noisy(images).std().item() == pytest.approx(0.25, rel=0.02)
+    gan.step = 100
+    assert gan.noisy(images) is images
+    assert make().noisy(images) is images
+
+
+def test_linear_tail_is_flat_then_falls_to_zero(digits):
+    seen = []
+
+    class Reads(du.Callback):
+        def on_batch_end(self, gan):
+            seen.append(gan.optimizer_G.param_groups[0]["lr"])
+
+    gan = make(num_epochs=2, lr_G=0.01)
+    gan.train(data=digits, callbacks=[Reads()])
+    assert seen[:5] == pytest.approx([0.01] * 5)
+    assert seen[-1] == pytest.approx(0.0)
+    assert all(a >= b for a, b in pairwise(seen))
+
+
+def test_a_loss_that_is_no_number_stops_with_epoch_batch_and_checkpoint(digits, tmp_path):
+    class Poisons(du.Callback):
+        def on_batch_end(self, gan):
+            if gan.step == 8:
+                with torch.no_grad():
+                    next(gan.discriminator.parameters()).fill_(float("nan"))
+
+    gan = make(log_every=100)
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "good")
+    with pytest.raises(du.DivergenceError, match=r"epoch 2, batch 3.*good"):
+        gan.train(2, data=digits, callbacks=[Poisons()])
+    assert gan.history["epoch"] == [1]
+    again = du.FastDCGAN.load(tmp_path / "good")
+    again.train(1, data=digits, callbacks=[])
+    assert again.history["epoch"] == [1, 2]
+
+
+def test_live_changes_act_from_the_next_batch(digits):
+    gan = make(du.StableDCGAN)
+    gan.train(1, data=digits, callbacks=[])
+    gan.reconfigure(lr_G=0.05, d_steps=0, real_label_smooth=1.0, beta1=0.3)
+    gan.train(1, data=digits, callbacks=[])
+    assert gan.optimizer_G.param_groups[0]["lr"] == 0.05
+    assert gan.optimizer_G.param_groups[0]["betas"][0] == 0.3
+    assert gan.loss.real == 1.0
+    with pytest.raises(ValueError, match="ngf is built in"):
+        gan.reconfigure(ngf=8)
+
+
+def test_data_are_resized_to_the_recipe(digits):
+    gan = make(du.DCGAN, image_size=32)
+    gan.train(1, data=digits[0], callbacks=[])
+    assert gan.images.shape == (96, 32, 32)
+    assert gan.images.dtype == torch.uint8
+    assert gan.sample(2).shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (lambda x, y: (x[:8], y[:8]), r"needs 16 images.*hold 8.*at most 8"),
+        (lambda x, y: x, r"class-conditional.*none"),
+        (lambda x, y: (x, y + 1), r"labels 0 … 9.*1 … 10"),
+        (lambda x, y: (x, y[:-1]), r"96 images but 95 labels"),
+        (lambda x, y: (x.float(), y), r"needed are uint8"),
+        (lambda x, y: (x[:, None], y), r"needed are uint8 \(N, H, W\)"),
+        (lambda x, y: (x[:0], y[:0]), r"N > 0"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(data, message, digits):
+    with pytest.raises(ValueError, match=message):
+        make().train(1, data=data(*digits), callbacks=[])
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_samples_have_shape_range_and_seed(kind):
+    gan = make(kind)
+    side = gan.config.image_size
+    gan.generator.train()
+    gan.generator.layers[0].eval()
+    images = gan.sample(5, seed=1)
+    assert images.shape == (5, 1, side, side)
+    assert images.dtype == torch.float32
+    assert images.abs().max() <= 1
+    assert torch.equal(images, gan.sample(5, seed=1))
+    assert not torch.equal(images, gan.sample(5, seed=2))
+    assert not torch.equal(gan.sample(5), gan.sample(5))
+    assert gan.generator.training  # the mode of every part is put back
+    assert not gan.generator.layers[0].training
+    assert gan.score(images).shape == (5,)
+    with pytest.raises(ValueError, match="at least one"):
+        gan.sample(0)
+
+
+def test_digits_choose_the_class():
+    gan = make()
+    assert gan._digits(25, None).bincount().tolist() == [3] * 5 + [2] * 5  # all alike often
+    assert torch.equal(gan.sample(3, seed=1, digits=7), gan.sample(3, seed=1, digits=[7, 7, 7]))
+    assert not torch.equal(gan.sample(3, seed=1, digits=7), gan.sample(3, seed=1, digits=8))
+    for wrong in ([10, 1, 1], [-1, 0, 0], [1, 2], [0.5, 1.0, 2.0]):
+        with pytest.raises(ValueError, match="whole numbers from 0 to 9"):
+            gan.sample(3, digits=wrong)
+    with pytest.raises(ValueError, match="no classes"):
+        make(du.DCGAN).sample(3, digits=1)
+    with pytest.raises(ValueError, match="no classes"):
+        make(conditional=False).sample(3, digits=1)
+
+
+def test_precision_follows_the_device(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    assert du.pick_precision("auto", cpu) == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert du.pick_precision("auto", cpu) == "fp32"
+    assert du.pick_precision("bf16", cpu) == "bf16"
+    with pytest.raises(ValueError, match="needs a GPU"):
+        du.pick_precision("fp16", cpu)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert du.pick_precision("auto", cuda) == "fp16"  # a T4
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert du.pick_precision("auto", cuda) == "bf16"
+
+
+def test_bf16_agrees_with_fp32_over_the_first_iterations(digits):
+    histories = []
+    for precision in ("fp32", "bf16"):
+        gan = make(du.StableDCGAN, precision=precision, dropout_D=0.0, ngf=8, ndf=8, batch_size=32)
+        histories.append(gan.train(2, data=digits, callbacks=[]))
+    for name in ("loss_D", "loss_G"):
+        assert histories[1][name] == pytest.approx(histories[0][name], rel=0.02)
+
+
+def test_training_learns_the_digits_that_one_asks_for():
+    images, labels = du.load_images()
+    images, labels = images[:6400], labels[:6400]
+    gan = du.FastDCGAN(batch_size=64, num_epochs=1)
+    gan.train(data=(images, labels), callbacks=[])
+    asked = torch.arange(10).repeat_interleave(30)
+    made = gan.sample(300, seed=0, digits=asked).view(10, 30, -1).mean(dim=1)
+    real = torch.stack([du.normalise(images[labels == digit]).flatten(1).mean(dim=0) for digit in range(10)])
+    likeness = torch.corrcoef(torch.cat([made - made.mean(dim=0), real - real.mean(dim=0)]))[:10, 10:]
+    assert (likeness.argmax(dim=1) == torch.arange(10)).sum() >= 8  # untrained: about 1 of 10
+    assert gan.history["diversity"][-1] > 0.6

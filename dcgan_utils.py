@@ -109,7 +109,7 @@ class Config:
     real_label_smooth: float = 0.85  # a: D's target for real images
     fake_label_smooth: float = 0.2  # b: D's target for generated images
     generator_target: float = 1.0  # what G wants D to say of its images (non-saturating loss)
-    start_at_mean: bool = True  # G's output bias starts at the data's mean grey; False is the literal recipe
+    start_at_background: bool = True  # G's output bias starts at the data's median grey; False is the literal recipe
     # remedies, off unless a recipe names them
     dropout_D: float = 0.0  # share of D's hidden activations dropped: weakens D
     dropout_G: float = 0.0  # the same in G: more varied samples
@@ -158,7 +158,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "lr_schedule": ("constant", "linear_tail"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "conditional": (True, False),
-    "start_at_mean": (True, False),
+    "start_at_background": (True, False),
 }
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
 
@@ -371,7 +371,7 @@ class DCGANGenerator(nn.Module):
                 nn.ReLU(inplace=True),
                 dropout=config.dropout_G,
             )
-        bias = config.start_at_mean  # see start_at_mean below
+        bias = config.start_at_background  # see start_at_background below
         layers += [nn.ConvTranspose2d(widths[-1], 1, kernel_size=4, stride=2, padding=1, bias=bias), nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
@@ -485,7 +485,9 @@ class FastGenerator(nn.Module):
                 nn.ReLU(inplace=True),  # (N, 64, 14, 14)
                 dropout=config.dropout_G,
             ),
-            nn.Conv2d(w, 4, kernel_size=3, padding=1),  # four sub-pixels at 14×14 cost less than one at 28×28
+            nn.Conv2d(
+                w, 4, kernel_size=3, padding=1
+            ),  # as many multiplications as one at 28×28, without 64 maps of that size
             nn.PixelShuffle(2),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
@@ -500,7 +502,7 @@ class FastGenerator(nn.Module):
 
 
 class FastDiscriminator(nn.Module):
-    """Map images (N, 1, S, S) to logits (N,): one for 'real', plus one for 'real and this digit' when conditional."""
+    """Map images (N, 1, S, S) to logits (N,): 'real', plus 'this digit' when conditional (Miyato & Koyama 2018, §3)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -576,7 +578,7 @@ def tensorflow_batch_norm(kind: type[nn.Module], features: int) -> nn.Module:
 def init_dcgan(module: nn.Module) -> None:
     """Draw conv, linear and embedding weights from N(0, 0.02), BatchNorm weights from N(1, 0.02); zero the biases.
 
-    Radford et al. 2015, §3, as the PyTorch recipe writes it. Use with `module.apply`.
+    Radford et al. 2015, §4, as the PyTorch recipe writes it. Use with `module.apply`.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.normal_(module.weight, mean=0.0, std=0.02)
@@ -597,15 +599,15 @@ def init_glorot(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def start_at_mean(generator: nn.Module, images: Tensor) -> None:
-    """Set the generator's output bias so that tanh(bias) is the mean grey of uint8 images (N, H, W).
+def start_at_background(generator: nn.Module, images: Tensor) -> None:
+    """Set the generator's output bias so that tanh(bias) is the median grey of uint8 images (N, H, W), at most ±0.96.
 
-    MNIST is 87 % black. Without this the first thing G learns is to darken everything at once, which swamps what z says
-    and drives tanh into saturation: every sample is the same blob for epochs (measured in notebook 03).
+    MNIST is black but for the strokes. Without this G spends all it has on darkening the background first, and what z says
+    drowns in it: every sample is the same for epochs (shown in notebook 03). 0.96 keeps tanh out of its flat end.
     """
-    mean = (images.float().mean() / 127.5 - 1).clamp(-0.99, 0.99)
+    median = (images.flatten()[::101].float().median() / 127.5 - 1).clamp(-0.96, 0.96)
     output = [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))][-1]
-    output.bias.fill_(torch.atanh(mean).item())
+    output.bias.fill_(torch.atanh(median).item())
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -796,7 +798,17 @@ class Trainer:
     def reconfigure(self, **changes: Any) -> None:
         """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
         config = configure(self.config, **changes)
-        fixed = {"image_size", "nz", "ngf", "ndf", "conditional", "num_classes", "optimizer", "start_at_mean", "seed"}
+        fixed = {
+            "image_size",
+            "nz",
+            "ngf",
+            "ndf",
+            "conditional",
+            "num_classes",
+            "optimizer",
+            "start_at_background",
+            "seed",
+        }
         fixed |= {"dropout_D", "dropout_G", "device", "precision"}
         changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if changed or bool(config.ema) != bool(self.config.ema):
@@ -855,8 +867,8 @@ class Trainer:
         """Go through the data once, or through what an interrupted epoch has left."""
         self.generator.train()
         self.discriminator.train()
-        if self.step == 0 and self.config.start_at_mean:
-            start_at_mean(self.generator, self.images)
+        if self.step == 0 and self.config.start_at_background:
+            start_at_background(self.generator, self.images)
         self._drop_unfinished_line()
         for batches in self._epoch_batches():
             start = time.perf_counter()
@@ -1323,7 +1335,9 @@ def _check_diversity(now: dict[str, float], config: Config) -> Finding:
         if status == "red":
             meaning = "samples are nearly all alike, whatever D says: collapse, or hardly trained"
         remedy = (
-            "wait; if it falls: noise_D=0.1 or dropout_G=0.3" if config.start_at_mean else "noise_D=0.1, dropout_G=0.3"
+            "wait; if it falls: noise_D=0.1 or dropout_G=0.3"
+            if config.start_at_background
+            else "noise_D=0.1, dropout_G=0.3"
         )
     elif status == "green":
         meaning, remedy = "samples differ from each other as real digits do", ""
@@ -1889,7 +1903,7 @@ class StableDCGAN(GAN):
         real_label_smooth=0.9,  # one-sided smoothing (Salimans et al. 2016)
         fake_label_smooth=0.0,
         dropout_D=0.3,
-        start_at_mean=False,  # no biases in G: the parameter count is the README's
+        start_at_background=False,  # no biases in G: the parameter count is the README's
         save_every=5,
     )
 
@@ -1915,7 +1929,7 @@ class FastDCGAN(GAN):
         beta2=0.99,
         real_label_smooth=0.9,
         fake_label_smooth=0.0,
-        start_at_mean=True,
+        start_at_background=True,
         ema=0.99,  # averages out the last steps' wobble
     )
 

@@ -1,0 +1,43 @@
+"""What every test shares: the repository on the path, quiet pictures, few threads, no Kaggle mounts, real MNIST."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import dcgan_utils as du  # noqa: E402
+
+torch.set_num_threads(min(2, torch.get_num_threads()))  # the tensors here are small; more threads only wait
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the repository's folder."""
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def no_kaggle_mounts(tmp_path_factory, monkeypatch):
+    """Make the tests read the same data on Kaggle as elsewhere; a test may set mounts of its own."""
+    monkeypatch.setattr(du, "KAGGLE_INPUT", tmp_path_factory.getbasetemp() / "no-kaggle-here")
+
+
+@pytest.fixture(scope="session")
+def mnist_test():
+    """Return the 10,000 real test digits and their labels, read without the module's own search."""
+    images = du.read_idx(du.EMBEDDED_MNIST / "t10k-images-idx3-ubyte.gz", dims=3)
+    labels = du.read_idx(du.EMBEDDED_MNIST / "t10k-labels-idx1-ubyte.gz", dims=1).long()
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def mnist_small(mnist_test):
+    """Return the first 512 real test digits and their labels: enough to train on for a moment."""
+    images, labels = mnist_test
+    return images[:512].clone(), labels[:512].clone()

@@ -37,6 +37,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
@@ -46,6 +47,7 @@ import numpy as np
 import safetensors
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -129,6 +131,9 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"Config.{name} = {value!r} is outside its range {low} … {high}")
+        for name in ("device", "out_dir"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"Config.{name} = {getattr(self, name)!r} must be text")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -177,7 +182,8 @@ def configure(config: Config, **overrides: Any) -> Config:
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """Return '; did you mean …?' for the known name closest to `name`, or a list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.9) or [k for k in known if k.lower() == name.lower()]
+    close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
@@ -213,16 +219,12 @@ def load_images(source: str | Path = "mnist", split: str = "train") -> tuple[Ten
 
 def _find_mnist(split: str) -> tuple[Tensor, Tensor, str]:
     """Return MNIST from Kaggle's mounts, the embedded files or torchvision's download, whichever comes first."""
-    if KAGGLE_INPUT.is_dir():
-        with suppress(FileNotFoundError):
-            return *_from_folder(KAGGLE_INPUT, split), "Kaggle's input mounts"
-    if EMBEDDED_MNIST.is_dir():
-        stem = "train" if split == "train" else "t10k"
-        parts = [
-            read_idx(EMBEDDED_MNIST / f"{stem}-{kind}-idx{dims}-ubyte.gz", MNIST_SHA256[f"{stem}-{kind}"])
-            for kind, dims in (("images", 3), ("labels", 1))
-        ]
-        return parts[0], parts[1].long(), "the embedded files in data/mnist"
+    stem = "train" if split == "train" else "t10k"
+    sums = {kind: MNIST_SHA256[f"{stem}-{kind}"] for kind in ("images", "labels")}
+    with suppress(FileNotFoundError, ValueError):  # what else is attached there is not MNIST
+        return *_from_folder(KAGGLE_INPUT, split, sums), "Kaggle's input mounts"
+    with suppress(FileNotFoundError):
+        return *_from_folder(EMBEDDED_MNIST, split, sums), "the embedded files in data/mnist"
     return *_from_torchvision("mnist", split), "torchvision's download"
 
 
@@ -240,27 +242,50 @@ def _from_torchvision(name: str, split: str) -> tuple[Tensor, Tensor]:
     return data.data, data.targets.long()
 
 
-def _from_folder(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Return the split found in a folder of IDX or CSV files, at most four levels deep."""
+def _from_folder(folder: Path, split: str, sums: dict[str, str] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the split found in a folder of IDX or CSV files, at most six levels deep.
+
+    sums: SHA-256 that IDX files must have; then one candidate after the other is tried until one is MNIST.
+    """
     if not folder.is_dir():
+        known = ["mnist", "fashion-mnist", "kmnist"]
         raise FileNotFoundError(
-            f"data = {str(folder)!r} is neither a folder nor one of 'mnist', 'fashion-mnist', 'kmnist'"
-            f"{nearest_name(str(folder), ['mnist', 'fashion-mnist', 'kmnist'])}"
+            f"data = {str(folder)!r} is no folder and none of {', '.join(known)}{nearest_name(str(folder), known)}"
         )
-    stem = "train" if split == "train" else "t10k"
-    files = sorted((p for p in _walk(folder, depth=4) if p.is_file()), key=lambda p: (len(p.parts), str(p)))
-    idx = {m[2]: p for p in reversed(files) if (m := _IDX_NAME.match(p.name)) and m[1] == stem}
-    if "images" in idx and "labels" in idx:
-        return read_idx(idx["images"], dims=3), read_idx(idx["labels"], dims=1).long()
+    stem, sums = "train" if split == "train" else "t10k", sums or {}
+    files = sorted((p for p in _walk(folder, depth=6) if p.is_file()), key=lambda p: (len(p.parts), str(p)))
+    pairs = _idx_pairs(files, stem)
+    readers = [partial(_read_pair, pair, sums) for pair in pairs if len(pair) == 2]
     tables = [p for p in files if (m := _CSV_NAME.match(p.name)) and m[1] == split]
-    if tables:
-        return read_csv(tables[0])
-    missing = [f"{stem}-{kind}-idx{d}-ubyte[.gz]" for kind, d in (("images", 3), ("labels", 1)) if kind not in idx]
+    readers += [partial(read_csv, p) for p in tables if not (sums and re.search("fashion|kmnist", str(p), re.I))]
+    for read in readers:
+        try:
+            return read()
+        except ValueError:
+            if not sums or read is readers[-1]:  # a folder that was named is taken at its word
+                raise
+    found = {kind for pair in pairs for kind in pair}
+    missing = [f"{stem}-{kind}-idx{d}-ubyte[.gz]" for kind, d in (("images", 3), ("labels", 1)) if kind not in found]
     seen = ", ".join(str(p.relative_to(folder)) for p in files[:8]) or "nothing"
     raise FileNotFoundError(
-        f"no {split} images in {folder}: looked up to four folders deep for {' and '.join(missing)} "
-        f"(or with a dot before 'idx') and for *{split}.csv; it holds {seen}{' …' if len(files) > 8 else ''}"
+        f"no {split} images in {folder}: looked up to six folders deep for "
+        f"{' and '.join(missing) or 'both in one place'} (or with a dot before 'idx') and for *{split}.csv; it holds {seen}{' …' if len(files) > 8 else ''}"
     )
+
+
+def _idx_pairs(files: Sequence[Path], stem: str) -> list[dict[str, Path]]:
+    """Return, for each place, its "images" and "labels" file; Kaggle wraps a file in a folder of the same name."""
+    places: dict[Path, dict[str, Path]] = {}
+    for path in files:
+        if (m := _IDX_NAME.match(path.name)) and m[1] == stem:
+            place = path.parent.parent if _IDX_NAME.match(path.parent.name) else path.parent
+            places.setdefault(place, {}).setdefault(m[2], path)
+    return list(places.values())
+
+
+def _read_pair(pair: dict[str, Path], sums: dict[str, str]) -> tuple[Tensor, Tensor]:
+    images = read_idx(pair["images"], sums.get("images"), dims=3)
+    return images, read_idx(pair["labels"], sums.get("labels"), dims=1).long()
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
@@ -291,13 +316,15 @@ def read_idx(path: str | Path, sha256: str | None = None, dims: int | None = Non
         kinds = {1: "labels", 3: "images"}
         found = kinds.get(raw[3], f"{raw[3]}-dimensional data")
         raise ValueError(f"{path} holds {found} where {kinds[dims]} belong; are two files swapped?")
+    if len(raw) < 4 + 4 * raw[3]:
+        raise ValueError(f"{path} is truncated within its header; fetch it again")
     shape = [int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(raw[3])]
     body = raw[4 + 4 * raw[3] :]
     if len(body) != math.prod(shape):
         raise ValueError(f"{path} is truncated or padded: {len(body):,} bytes where {shape} needs {math.prod(shape):,}")
     if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
         raise ValueError(f"{path} is not the file it should be (its SHA-256 differs); restore it from the repository")
-    return torch.frombuffer(bytearray(body), dtype=torch.uint8).reshape(shape)
+    return torch.from_numpy(np.frombuffer(body, dtype=np.uint8).reshape(shape).copy())
 
 
 def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
@@ -314,9 +341,13 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
     if pixels == 0 or side * side != pixels:
         raise ValueError(f"{path} has {pixels} pixel columns, not a square number such as 784 (and 'label')")
     try:
-        table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64, ndmin=2))
-    except ValueError as error:
-        raise ValueError(f"{path} has a cell that is not a whole number ({error})") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # no rows: said below
+            warnings.simplefilter("error", DeprecationWarning)  # numpy 2.0 would read 1.5 as 1
+            table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64, ndmin=2))
+    except (ValueError, DeprecationWarning) as error:
+        what = "a row as long as no other" if "columns changed" in str(error) else "a cell that is not a whole number"
+        raise ValueError(f"{path} has {what} ({error})") from error
     if table.numel() == 0:
         raise ValueError(f"{path} has a header and no rows")
     labels = torch.full((len(table),), -1) if label is None else table[:, label].clone()
@@ -433,7 +464,7 @@ class StableGenerator(nn.Module):
                 nn.LeakyReLU(0.2, inplace=True),
                 dropout=config.dropout_G,
             ),
-            nn.Conv2d(w, 1, kernel_size=5, padding=2, bias=False),  # (N, 1, 28, 28)
+            nn.Conv2d(w, 1, kernel_size=5, padding=2, bias=config.start_at_background),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
         self.apply(init_glorot)
@@ -602,7 +633,7 @@ def init_glorot(module: nn.Module) -> None:
 def start_at_background(generator: nn.Module, images: Tensor) -> None:
     """Set the generator's output bias so that tanh(bias) is the median grey of uint8 images (N, H, W), at most ±0.96.
 
-    MNIST is black but for the strokes. Without this G spends all it has on darkening the background first, and what z says
+    MNIST is black but for the strokes. Without this G spends all it has on darkening the background, and what z says
     drowns in it: every sample is the same for epochs (shown in notebook 03). 0.96 keeps tanh out of its flat end.
     """
     median = (images.flatten()[::101].float().median() / 127.5 - 1).clamp(-0.96, 0.96)
@@ -1165,7 +1196,10 @@ def pick_device(name: str) -> torch.device:
     """Return the torch device: for "auto" the GPU where there is one; raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device = {name!r} is not one that torch knows; use 'auto', 'cpu' or 'cuda'") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}, but torch sees no GPU; use device='auto'")
     return device
@@ -1393,7 +1427,7 @@ def panel_text(diagnosis: Diagnosis, colour: bool | None = None) -> str:
     colour = sys.stdout.isatty() if colour is None else colour
     lines = [f"{ICONS[diagnosis.status]} health after epoch {diagnosis.epoch:.4g}: {WORDS[diagnosis.status]}"]
     for f in diagnosis.findings:
-        line = f"  {ICONS[f.status]} {f.name:24} {f.value:16} [{f.band}] {f.message}" + (
+        line = f"  {ICONS[f.status]} {WORDS[f.status]:8} {f.name:24} {f.value:16} [{f.band}] {f.message}" + (
             f" → {f.remedy}" if f.remedy else ""
         )
         lines.append(f"{_ANSI[f.status]}{line}\033[0m" if colour else line)
@@ -1422,7 +1456,7 @@ def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
     t = torch.linspace(0, 1, steps)[:, None]
     cosine = F.cosine_similarity(start, end, dim=0).clamp(-1, 1)
     angle = torch.arccos(cosine)
-    if angle < 1e-4 or angle > math.pi - 1e-4:  # parallel: the arc is a line
+    if angle < 1e-3 or angle > math.pi - 1e-3:  # parallel: the arc is a line
         return start + t * (end - start)
     return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)
 
@@ -1439,7 +1473,8 @@ def nearest_neighbours(samples: Tensor, images: Tensor) -> tuple[Tensor, Tensor]
         distance, where = torch.cdist(flat, part).min(dim=1)
         closer = distance < best
         best[closer], index[closer] = distance[closer], where[closer] + start
-    return index, best / math.sqrt(flat.shape[1])
+    # once more without cdist, whose matrix product gives exact copies a small distance
+    return index, (flat - normalise(images[index]).flatten(1).to(flat)).square().mean(dim=1).sqrt()
 
 
 # ======================================================================================================================
@@ -1517,8 +1552,9 @@ def make_animation(
 
 def _as_picture(figure: Figure) -> Image.Image:
     """Return a Figure drawn off screen."""
-    figure.canvas.draw()
-    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _axes(ax: plt.Axes | None, figsize: tuple[float, float]) -> tuple[Figure, plt.Axes]:

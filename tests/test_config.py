@@ -44,7 +44,7 @@ CHOICES = {
     "lr_schedule": ("constant", "linear_tail"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "conditional": (True, False),
-    "start_at_mean": (True, False),
+    "start_at_background": (True, False),
 }
 WHOLE = [f.name for f in dataclasses.fields(Config) if f.type in (int, "int")]
 
@@ -180,7 +180,7 @@ def test_configure_checks_the_values_too():
                 "batch_size": 128, "image_size": 28, "nz": 100, "ngf": 64, "ndf": 64, "num_epochs": 40,
                 "optimizer": "adam", "adam_eps": 1e-7, "real_label_smooth": 0.9, "fake_label_smooth": 0.0,
                 "dropout_D": 0.3, "dropout_G": 0.0, "conditional": False, "ema": 0.0, "save_every": 5,
-                "start_at_mean": False,
+                "start_at_background": False,
             },
         ),
         (

@@ -269,7 +269,8 @@ def _from_folder(folder: Path, split: str, sums: dict[str, str] | None = None) -
     seen = ", ".join(str(p.relative_to(folder)) for p in files[:8]) or "nothing"
     raise FileNotFoundError(
         f"no {split} images in {folder}: looked up to six folders deep for "
-        f"{' and '.join(missing) or 'both in one place'} (or with a dot before 'idx') and for *{split}.csv; it holds {seen}{' …' if len(files) > 8 else ''}"
+        f"{' and '.join(missing) or 'both in one place'} (or with a dot before 'idx') and for *{split}.csv; "
+        f"it holds {seen}{' …' if len(files) > 8 else ''}"
     )
 
 
@@ -1532,17 +1533,15 @@ def make_animation(
 ) -> Path:
     """Write a looping GIF and return its path.
 
-    frames: a folder of PNG files in the order of their names, or Figures. seconds: per frame; hold: of the last one.
-    Raises FileNotFoundError when there is no frame.
+    frames: a folder of PNG files in the order of their names, or a list of such files or Figures. seconds: per frame;
+    hold: of the last one. Raises FileNotFoundError when there is no frame.
     """
+    where = "the list"
     if isinstance(frames, (str, Path)):
-        pictures = [Image.open(p).convert("RGB") for p in sorted(Path(frames).glob("*.png"))]
-        if not pictures:
-            raise FileNotFoundError(f"no PNG files in {frames}; train with save_every=1 first")
-    else:
-        pictures = [_as_picture(figure) for figure in frames]
-        if not pictures:
-            raise FileNotFoundError("no frames were given")
+        where, frames = frames, sorted(Path(frames).glob("*.png"))
+    pictures = [_as_picture(frame) for frame in frames]
+    if not pictures:
+        raise FileNotFoundError(f"no PNG files or figures in {where}; train with save_every=1 first")
     path = prepare_file(path)
     durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * hold)]
     small = [p.quantize(64) for p in pictures]
@@ -1550,9 +1549,11 @@ def make_animation(
     return path
 
 
-def _as_picture(figure: Figure) -> Image.Image:
-    """Return a Figure drawn off screen."""
-    canvas = FigureCanvasAgg(figure)
+def _as_picture(frame: Figure | str | Path) -> Image.Image:
+    """Return a PNG file's picture, or a Figure drawn off screen."""
+    if not isinstance(frame, Figure):
+        return Image.open(frame).convert("RGB")
+    canvas = FigureCanvasAgg(frame)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

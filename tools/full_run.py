@@ -35,20 +35,30 @@ def main() -> None:
     kind = du.RECIPES[options.recipe]
     gan = kind.load(work / "newest") if (work / "newest").exists() else kind(**overrides)
     end = time.monotonic() + 60 * options.minutes
-    frame = len(list((work / "frames").glob("*.png")))
     while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
         gan.train(max_seconds=min(options.slice, end - time.monotonic()), callbacks=[])
         gan.save(work / "newest")
-        title = f"{kind.__name__}, epoch {gan.history['epoch'][-1]:.2f}"
-        figure = du.plot_images(gan.fixed_samples(36), title, columns=6)
-        du.save_picture(figure, work / "frames" / f"{frame:04d}.png")
-        frame += 1
-        print(title, gan.history, gan.diagnose().status, f"diversity {gan.history['diversity'][-1]:.2f}", flush=True)
+        frame = du.plot_images(gan.fixed_samples(36), title(gan), columns=6)
+        du.save_picture(frame, work / "frames" / f"{gan.step:07d}.png")
+        print(title(gan), gan.history, f"diversity {gan.history['diversity'][-1]:.2f}", flush=True)
+    gan._set_data("mnist")
     results.mkdir(parents=True, exist_ok=True)
     (results / "history.json").write_text(json.dumps(gan.history.to_json(), default=float))
-    du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title), results / "grid.png")
+    du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title(gan)), results / "grid.png")
     du.save_picture(gan.plot_history(), results / "history.png")
-    du.make_animation(work / "frames", results / "training.gif")
+    du.make_animation(thin_out(sorted((work / "frames").glob("*.png")), 30), results / "training.gif")
+
+
+def title(gan: du.GAN) -> str:
+    """Say which recipe at which epoch."""
+    return f"{type(gan).__name__}, epoch {gan.history['epoch'][-1]:.2f}"
+
+
+def thin_out(paths: list[Path], most: int) -> list[Path]:
+    """Keep at most so many frames, evenly spread, the first and the last among them."""
+    if len(paths) <= most:
+        return paths
+    return [paths[round(k * (len(paths) - 1) / (most - 1))] for k in range(most)]
 
 
 if __name__ == "__main__":

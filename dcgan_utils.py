@@ -1246,6 +1246,7 @@ def stop_on_interrupt(gan: Trainer) -> Iterator[None]:
         return
 
     def request(number: int, frame: Any) -> None:
+        """Stop the GAN, and let the next Ctrl-C act as usual."""
         signal.signal(signal.SIGINT, before)
         gan.stop("interrupted")
 
@@ -1418,6 +1419,7 @@ def discriminator_loss_bounds(config: Config) -> tuple[float, float]:
     a, b = config.real_label_smooth, config.fake_label_smooth
 
     def entropy(p: float) -> float:
+        """Return H(p) in nats."""
         return 0.0 if p in (0, 1) else -p * math.log(p) - (1 - p) * math.log(1 - p)
 
     return entropy(a) + entropy(b), 2 * entropy((a + b) / 2)
@@ -1642,20 +1644,28 @@ class EpochReport(Callback):
             display(figure, gan.diagnose())
         else:
             print(gan.diagnose())
-            print(f"  grid: {save_picture(figure, gan.folder / 'real_vs_fake.png')}")
+            with or_warn("the real-vs-fake grid"):
+                print(f"  grid: {save_picture(figure, gan.folder / 'real_vs_fake.png')}")
 
 
 class SaveGrids(Callback):
     """Save a grid of the fixed-noise samples every `save_every` epochs: the frames of the animation."""
 
     def on_epoch_end(self, gan: GAN) -> None:
-        """Save; a full disk costs the picture, never the training."""
+        """Save the grid that `generate_images` draws."""
         every = gan.config.save_every
         if every and not gan.position and gan.epoch % every == 0:
-            try:
+            with or_warn(f"the grid of epoch {gan.epoch}"):
                 gan.generate_images(gan.epoch)
-            except OSError as error:
-                warnings.warn(f"the grid of epoch {gan.epoch} was not saved: {error}", stacklevel=2)
+
+
+@contextmanager
+def or_warn(what: str) -> Iterator[None]:
+    """Turn a failure to write into a warning: a full disk costs the file, never the training."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} was not saved: {error}", stacklevel=3)
 
 
 def save_picture(figure: Figure, path: str | Path) -> Path:
@@ -1714,6 +1724,27 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
     stop or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do.
     """
     path = Path(path)
+    record, tensors = _checkpoint_of(gan)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            new = Path(folder) / "new"
+            new.mkdir()
+            save_file(tensors, new / "weights.safetensors")
+            (new / "state.json").write_text(json.dumps(record))
+            if path.exists():
+                path.rename(Path(folder) / "old")
+            new.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OSError(
+            f"cannot save {path} ({error}); free some space or choose another folder: nothing was lost"
+        ) from error
+    gan.last_checkpoint = path
+    return path
+
+
+def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON record and the tensors that make up a checkpoint."""
     tensors, groups = {f"rng.{name}": state for name, state in gan._rng.items()}, {}
     for name in ("generator", "discriminator", "average"):
         network = getattr(gan, name)
@@ -1736,25 +1767,7 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
         "param_groups": groups,
         "scalers": {"G": gan.scaler_G.state_dict(), "D": gan.scaler_D.state_dict()},
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            new = Path(folder) / "new"
-            new.mkdir()
-            save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-                new / "weights.safetensors",
-            )
-            (new / "state.json").write_text(json.dumps(record))
-            if path.exists():
-                path.rename(Path(folder) / "old")
-            new.rename(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise OSError(
-            f"cannot save {path} ({error}); free some space or choose another folder: nothing was lost"
-        ) from error
-    gan.last_checkpoint = path
-    return path
+    return record, {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -1835,11 +1848,8 @@ class SaveCheckpoints(Callback):
 
     def on_epoch_end(self, gan: Trainer) -> None:
         """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
-        try:
+        with or_warn(f"the checkpoint of epoch {gan.epoch}"):
             save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
-        except OSError as error:
-            warnings.warn(str(error), stacklevel=2)
-            return
         for old in sorted(self.folder.glob("epoch-*"))[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -1989,7 +1999,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dcgan_utils.py", description="Train DCGANs and sample from them.")
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a recipe, or go on")
-    train.add_argument("--recipe", default="fast", help=f"one of {', '.join(RECIPES)} (default: fast)")
+    train.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: fast, or that of the resumed run)")
     train.add_argument("--epochs", type=int, help="in all, those of a resumed run included (default: the recipe's)")
     train.add_argument("--max-seconds", type=float, help="stop after so many seconds")
     train.add_argument("--data", default="mnist", help="mnist, fashion-mnist, kmnist, or a folder of IDX or CSV files")
@@ -2012,20 +2022,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train_command(options: argparse.Namespace) -> int:
     """Train or resume, with a checkpoint after every epoch."""
-    if options.recipe not in RECIPES:
+    if options.recipe is not None and options.recipe not in RECIPES:
         raise ValueError(f"no recipe {options.recipe!r}{nearest_name(options.recipe, list(RECIPES))}")
-    kind = RECIPES[options.recipe]
     overrides = {"out_dir": str(options.out), **_parse_fields(options.set)}
     if options.epochs is not None:
         overrides["num_epochs"] = options.epochs
     if options.resume:
-        gan = kind.load(options.out, **overrides)
+        gan = RECIPES.get(options.recipe, GAN).load(options.out, **overrides)
     elif list(options.out.glob("epoch-*/state.json")):
         raise ValueError(f"{options.out} already holds checkpoints; add --resume, or choose another --out")
     else:
-        gan = kind(**overrides)
-    print(f"{kind.__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}")
-    callbacks = [*gan.default_callbacks(), SaveCheckpoints(options.out)]
+        gan = RECIPES[options.recipe or "fast"](**overrides)
+    print(
+        f"{type(gan).__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}"
+    )
+    callbacks = [SaveCheckpoints(options.out), *gan.default_callbacks()]
     gan.train(data=options.data, max_seconds=options.max_seconds, callbacks=callbacks)
     if gan.history["epoch"]:
         gan.generate_images("FINAL")

@@ -232,7 +232,8 @@ def _from_torchvision(name: str, split: str) -> tuple[Tensor, Tensor]:
     """Return one of torchvision's 28×28 sets, downloading it into data/download on first use."""
     kind = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "kmnist": datasets.KMNIST}[name]
     try:
-        data = kind(EMBEDDED_MNIST.parent / "download", train=split == "train", download=True)
+        root = EMBEDDED_MNIST.parent if os.access(EMBEDDED_MNIST.parent, os.W_OK) else Path("data")  # Kaggle: read-only
+        data = kind(root / "download", train=split == "train", download=True)
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise FileNotFoundError(
@@ -257,7 +258,9 @@ def _from_folder(folder: Path, split: str, sums: dict[str, str] | None = None) -
     pairs = _idx_pairs(files, stem)
     readers = [partial(_read_pair, pair, sums) for pair in pairs if len(pair) == 2]
     tables = [p for p in files if (m := _CSV_NAME.match(p.name)) and m[1] == split]
-    readers += [partial(read_csv, p) for p in tables if not (sums and re.search("fashion|kmnist", str(p), re.I))]
+    readers += [
+        partial(read_csv, p) for p in tables if not (sums and re.search("fashion|kmnist|emnist|sign", str(p), re.I))
+    ]
     for read in readers:
         try:
             return read()
@@ -291,7 +294,11 @@ def _read_pair(pair: dict[str, Path], sums: dict[str, str]) -> tuple[Tensor, Ten
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
     """Yield what lies in a folder down to `depth` levels, so that a wrong folder cannot take for ever."""
-    for path in sorted(folder.iterdir()):
+    try:
+        paths = sorted(folder.iterdir())
+    except PermissionError:
+        return
+    for path in paths:
         yield path
         if depth > 1 and path.is_dir() and not path.name.startswith("."):
             yield from _walk(path, depth - 1)
@@ -608,7 +615,7 @@ def tensorflow_batch_norm(kind: type[nn.Module], features: int) -> nn.Module:
 
 
 def init_dcgan(module: nn.Module) -> None:
-    """Draw conv, linear and embedding weights from N(0, 0.02), BatchNorm weights from N(1, 0.02); zero the biases.
+    """Draw conv and linear weights from N(0, 0.02), BatchNorm's from N(1, 0.02), embeddings from N(0, 1); biases 0.
 
     Radford et al. 2015, §4, as the PyTorch recipe writes it. Use with `module.apply`.
     """
@@ -653,9 +660,10 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
 # Losses and steps: the two short functions that are the GAN
 # ======================================================================================================================
 class NonSaturatingLoss:
-    """Hold the non-saturating GAN loss with smoothed labels (Goodfellow et al. 2014, §3; Salimans et al. 2016, §3.4).
+    """Hold the non-saturating GAN loss with smoothed labels (Goodfellow et al. 2014, §3).
 
-    Real is 1 and fake is 0; `real_label_smooth` and `fake_label_smooth` move D's targets to a and b.
+    Real is 1 and fake is 0; `real_label_smooth` and `fake_label_smooth` move D's targets to a and b. Salimans et al.
+    2016, §3.4, smooth only the real one: b > 0 keeps a peak of the best D at images that no data support.
     """
 
     def __init__(self, config: Config) -> None:
@@ -788,7 +796,7 @@ class Trainer:
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.config.precision, self.device)
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
-            torch.manual_seed(self.config.seed)
+            torch.default_generator.manual_seed(self.config.seed)
             self.generator = self._place(self.networks[0](self.config))
             self.discriminator = self._place(self.networks[1](self.config))
             self._rng = {"cpu": torch.get_rng_state()}
@@ -806,6 +814,7 @@ class Trainer:
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         self._source: Any = None
+        self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
         self._sums = dict.fromkeys((*METRICS, "count", "images", "seconds"), 0.0)  # of the epoch under way
 
@@ -851,7 +860,7 @@ class Trainer:
         self.loss = self.losses(config)
         for optimizer in (self.optimizer_D, self.optimizer_G):
             for group in optimizer.param_groups:
-                group.update({"betas": (config.beta1, config.beta2)} if "betas" in group else {})
+                group.update({name: value for name, value in optimizer_settings(config).items() if name in group})
 
     # ------------------------------------------------------------------------------------------------ the loop
     def train(
@@ -870,6 +879,8 @@ class Trainer:
         the recipe's own; [] for silence. Ctrl-C stops after the batch: all is kept, and the next call goes on there.
         Raises ValueError for data that do not fit, DivergenceError when a loss is no longer a number.
         """
+        if max_seconds is not None and not max_seconds > 0:
+            raise ValueError(f"max_seconds = {max_seconds!r}; it must be above 0")
         if batch_size is not None:
             self.reconfigure(batch_size=batch_size)
         self._set_data(data)
@@ -913,7 +924,9 @@ class Trainer:
                 self.stop(f"max_seconds = {self._max_seconds:g} reached")
             if self.stop_reason:
                 break
-        self._fetch_rows()
+        start = time.perf_counter()
+        self._fetch_rows()  # on a GPU this waits for what was launched
+        self._sums["seconds"] += time.perf_counter() - start
         self._close_epoch()
         self._tell(callbacks, "on_epoch_end")
 
@@ -924,9 +937,8 @@ class Trainer:
         """
         order_rng = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.epoch)
         order = torch.randperm(len(self.images), generator=order_rng).to(self.device)
-        size = self.config.batch_size
-        while self.position + size * max(1, self.config.d_steps) <= len(order):
-            batches = []
+        while self.position + self.config.batch_size * max(1, self.config.d_steps) <= len(order):
+            batches, size = [], self.config.batch_size  # read anew: a callback may change it
             for _ in range(max(1, self.config.d_steps)):
                 picked = order[self.position : self.position + size]
                 real = normalise(self.images[picked]).contiguous(memory_format=torch.channels_last)
@@ -937,22 +949,22 @@ class Trainer:
     def _iterate(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
         """Take D's steps, each on a batch of its own, then G's steps; a variant changes models or loss, not this."""
         for real, labels in batches:
-            fake = self._fake(labels)  # fakes carry the labels of the real batch
+            fake = self._fake(len(real), labels)  # fakes carry the labels of the real batch
             loss_D, D_x, D_G_z, D_acc = train_discriminator(self, real, fake, labels)
         for turn in range(max(1, self.config.g_steps)):
-            loss_G = train_generator(self, self._fake(labels) if turn else fake, labels)
+            loss_G = train_generator(self, self._fake(len(real), labels) if turn else fake, labels)
         if self.average is not None:
             self._update_average()
         self.step += 1
         self._rows.append(torch.stack([loss_D, loss_G, D_x, D_G_z, D_acc]))
-        self._sums["images"] += self.config.batch_size * len(batches)
-        if self.step % self.config.log_every == 0:
+        self._sums["images"] += sum(len(real) for real, _ in batches)
+        if self.batch % self.config.log_every == 0:
             self._fetch_rows()
 
-    def _fake(self, labels: Tensor | None) -> Tensor:
-        """Return one batch of generated images that still know how G made them."""
+    def _fake(self, n: int, labels: Tensor | None) -> Tensor:
+        """Return n generated images that still know how G made them."""
         with self.autocast():
-            z = torch.randn(self.config.batch_size, self.config.nz, device=self.device)
+            z = torch.randn(n, self.config.nz, device=self.device)
             return self.generator(z, labels).float()
 
     def update(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
@@ -1006,23 +1018,28 @@ class Trainer:
         for name, value in zip(("step", "epoch", *METRICS), (self.step, epoch, *means), strict=True):
             self.history.batches[name].append(value)
         if len(bad):
-            batch = self.batch - len(rows) + int(bad[0]) + 1
-            kept = f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "none was saved"
-            raise DivergenceError(
-                f"a loss is not a number in epoch {self.epoch + 1}, batch {batch}: training has stopped, the history "
-                f"is kept, {kept}; load it or start anew with a lower lr_G and lr_D"
-            )
+            self._diverged(f"batch {self.batch - len(rows) + int(bad[0]) + 1}")
         for name, value in zip(METRICS, rows.sum(dim=0).tolist(), strict=True):
             self._sums[name] += value
         self._sums["count"] += len(rows)
 
+    def _diverged(self, where: str) -> None:
+        """Raise the error that names the place and the last good checkpoint."""
+        kept = (
+            f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was saved"
+        )
+        raise DivergenceError(
+            f"a loss is not a number in epoch {self.epoch + 1}, {where}: training has stopped, the history is kept, "
+            f"{kept}; load it or start anew with a lower lr_G and lr_D"
+        )
+
     def _close_epoch(self) -> None:
         """Write the epoch's line; one that was cut short keeps its sums and gets a fractional number."""
         sums, size = self._sums, self.config.batch_size * max(1, self.config.d_steps)
-        if not sums["count"]:
-            return
-        line = {name: sums[name] / sums["count"] for name in METRICS}
+        line = {name: sums[name] / max(sums["count"], 1) for name in METRICS}
         line["diversity"] = self.diversity()
+        if not math.isfinite(line["diversity"]):  # the last update broke G before any loss could show it
+            self._diverged("its last batch")
         line["seconds"] = sums["seconds"]
         line["images_per_second"] = sums["images"] / max(sums["seconds"], 1e-9)
         if self.position + size > len(self.images):
@@ -1043,35 +1060,29 @@ class Trainer:
         """Count the iterations of the epoch under way."""
         return self.position // (self.config.batch_size * max(1, self.config.d_steps))
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Count the iterations of a whole epoch."""
-        return len(self.images) // (self.config.batch_size * max(1, self.config.d_steps))
-
     def _tell(self, callbacks: Sequence[Callback], event: str) -> None:
         for callback in callbacks:
-            getattr(callback, event)(self)
+            getattr(callback, event, lambda gan: None)(self)
 
     # ------------------------------------------------------------------------------------------------ data and chance
     def _set_data(self, data: str | Path | Tensor | tuple[Tensor, Tensor]) -> None:
-        """Put the data on the device, resized; a second call with the same data does nothing."""
-        if self._source is not None and (data is self._source or (isinstance(data, str) and data == self._source)):
-            source_images = None
-        elif isinstance(data, (str, Path)):
-            source_images, labels = load_images(data)
-        elif isinstance(data, Tensor):
-            source_images, labels = data, torch.full((len(data),), -1)
-        else:
-            source_images, labels = data
-        if source_images is not None:
-            _check_pair(source_images, labels, "data")
+        """Put the data on the device, resized; a second call with the same source does nothing."""
+        if self._source is None or not (data is self._source or (isinstance(data, str) and data == self._source)):
+            if isinstance(data, (str, Path)):
+                images, labels = load_images(data)
+            elif hasattr(data, "ndim"):
+                images, labels = torch.as_tensor(data), torch.full((len(data),), -1)
+            else:
+                images, labels = map(torch.as_tensor, data)
+            _check_pair(images, labels, "data")
             self._check_labels(labels)
-            if self._source is not None and self.position:  # other data: the epoch under way cannot be finished
-                self._drop_unfinished_line()
-                self.position, self._sums = 0, dict.fromkeys(self._sums, 0.0)
-            self.images = resize_images(source_images, self.config.image_size).to(self.device)
-            self.labels = labels.to(self.device)
+            self.images = resize_images(images, self.config.image_size).to(self.device)
+            self.labels = labels.to(self.device, torch.long)
             self._source = data
+        if self.position and len(self.images) != self._length:  # other data: the epoch under way cannot be finished
+            self._drop_unfinished_line()
+            self.position, self._sums = 0, dict.fromkeys(self._sums, 0.0)
+        self._length = len(self.images)
         needed = self.config.batch_size * max(1, self.config.d_steps)
         if needed > len(self.images):
             raise ValueError(
@@ -1099,7 +1110,8 @@ class Trainer:
             if cuda and "cuda" in self._rng:
                 torch.cuda.set_rng_state(self._rng["cuda"], self.device)
             elif cuda:
-                torch.cuda.manual_seed(self.config.seed)
+                with torch.cuda.device(self.device):
+                    torch.cuda.manual_seed(self.config.seed)
             yield
             self._rng["cpu"] = torch.get_rng_state()
             if cuda:
@@ -1152,25 +1164,48 @@ class Trainer:
             raise ValueError(f"digits must be one or n = {n} whole numbers from 0 to {classes - 1}")
         return labels.long().to(self.device)
 
-    def score(self, images: Tensor, digits: Sequence[int] | Tensor | None = None) -> Tensor:
-        """Return D(x), D's probability that each of the images (n, 1, H, W) in [-1, 1] is real, as float32 (n,)."""
+    def score(self, images: Tensor, digits: int | Sequence[int] | Tensor | None = None) -> Tensor:
+        """Return D(x), D's probability that each of the images (n, 1, H, W) in [-1, 1] is real, as float32 (n,).
+
+        digits: what the images show; class-conditional recipes need it. Raises ValueError.
+        """
+        if self.config.conditional and digits is None:
+            raise ValueError("this recipe's D judges an image together with its digit: pass digits")
+        labels = self._digits(len(images), digits)
+        parts = [None] * len(images) if labels is None else labels.split(500)
         with evaluating(self.discriminator), self.autocast():
-            labels = self._digits(len(images), digits)
-            return self.discriminator(images.to(self.device), labels).float().sigmoid().cpu()
+            pairs = zip(images.split(500), parts, strict=False)
+            logits = [self.discriminator(part.to(self.device), label).float() for part, label in pairs]
+        return torch.cat(logits).sigmoid().cpu()
 
     def fixed_samples(self, n: int = PREVIEW) -> Tensor:
         """Return the images (n, 1, H, W) of the same n latent vectors at every call, so that one sees digits travel."""
         return self.generate(self.latent(max(n, DIVERSITY_SAMPLES), self.config.seed)[:n])
 
     def real_samples(self, n: int = PREVIEW) -> Tensor:
-        """Return n training images (n, 1, H, W) in [-1, 1], the same at every call."""
+        """Return n training images (n, 1, H, W) in [-1, 1], always the same; raises ValueError before training."""
+        return normalise(self.images[self._preview(n)]).cpu()
+
+    def _preview(self, n: int) -> Tensor:
+        """Return the indices of n training images, the same at every call."""
+        if self.images is None:
+            raise ValueError("there are no training images yet: call train() first")
         rng = torch.Generator().manual_seed(self.config.seed)
-        picked = torch.randperm(len(self.images), generator=rng)[:n].to(self.device)
-        return normalise(self.images[picked]).cpu()
+        return torch.randperm(len(self.images), generator=rng)[:n].to(self.device)
 
     def diversity(self) -> float:
-        """Return how far apart the fixed-noise samples are, as a share of how far apart real images are."""
-        return sample_diversity(self.fixed_samples(DIVERSITY_SAMPLES), self.real_samples(DIVERSITY_SAMPLES))
+        """Return `sample_diversity` of the fixed-noise samples; of a conditional recipe its mean within the classes.
+
+        Across classes, one image for each digit would already look varied.
+        """
+        n, classes = DIVERSITY_SAMPLES, self.config.num_classes
+        fake, real = self.fixed_samples(n), self.real_samples(n)
+        if not self.config.conditional:
+            return sample_diversity(fake, real)
+        asked, shown = torch.arange(n) % classes, self.labels[self._preview(n)].cpu()
+        groups = [(fake[asked == k], real[shown == k]) for k in range(classes)]
+        values = [sample_diversity(mine, theirs) for mine, theirs in groups if len(mine) > 1 and len(theirs) > 1]
+        return sum(values) / len(values) if values else sample_diversity(fake, real)
 
 
 def sample_diversity(samples: Tensor, real: Tensor) -> float:
@@ -1184,13 +1219,16 @@ def sample_diversity(samples: Tensor, real: Tensor) -> float:
 
 
 def make_optimizer(network: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
-    """Return the optimiser that the Config names, in its fused form where it has one."""
-    if config.optimizer == "adam":
-        betas = (config.beta1, config.beta2)
-        return torch.optim.Adam(network.parameters(), lr=lr, betas=betas, eps=config.adam_eps, fused=True)
-    if config.optimizer == "rmsprop":
-        return torch.optim.RMSprop(network.parameters(), lr=lr)
-    return torch.optim.SGD(network.parameters(), lr=lr, momentum=config.beta1)
+    """Return the optimiser that the Config names, Adam in its fused form."""
+    kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[config.optimizer]
+    fused = {"fused": True} if config.optimizer == "adam" else {}
+    return kind(network.parameters(), lr=lr, **optimizer_settings(config), **fused)
+
+
+def optimizer_settings(config: Config) -> dict[str, Any]:
+    """Return what the optimiser takes beside its learning rate; beta1 is SGD's momentum."""
+    adam = {"betas": (config.beta1, config.beta2), "eps": config.adam_eps}
+    return {"adam": adam, "rmsprop": {}, "sgd": {"momentum": config.beta1}}[config.optimizer]
 
 
 def pick_device(name: str) -> torch.device:
@@ -1306,15 +1344,25 @@ class Band:
 
 
 WEAKEN_D = "lower lr_D by half, or noise_D=0.1, or dropout_D=0.3"
-STRENGTHEN_D = "raise lr_D to 0.0002, or d_steps=2, or lower lr_G by half"
+STRENGTHEN_D = "double lr_D, or d_steps=2, or lower lr_G by half"
 DCGAN_BANDS = (
     Band("D_x", "D(x)", (0.7, 0.9), (0.5, 1.0), "D is too weak to know real digits", "D is too sure of them", True),
     Band("D_G_z", "D(G(z))", (0.1, 0.6), (0.05, 0.8), "D is too strong: G learns nothing", "D is fooled", False),
 )
 STABLE_BANDS = (
     Band("D_acc", "D accuracy", (0.4, 0.7), (0.3, 0.8), "G is too strong", "D is too strong", True),
-    Band("loss_D", "D loss", (1.15, 1.5), (0.7, 2.5), "it settles near 1.35: D wins", "D loses", False),
-    Band("loss_G", "G loss", (0.6, 1.4), (0.3, 3.0), "it settles near 0.85: D loses", "D wins", True),
+    Band(
+        "loss_D",
+        "D loss",
+        (1.15, 1.5),
+        (0.7, 2.5),
+        "below 1.35, where it settles: D wins",
+        "above 1.35: D loses",
+        False,
+    ),
+    Band(
+        "loss_G", "G loss", (0.6, 1.4), (0.3, 3.0), "below 0.85, where it settles: D loses", "above 0.85: D wins", True
+    ),
 )
 
 
@@ -1373,7 +1421,7 @@ def _check_diversity(now: dict[str, float], config: Config) -> Finding:
         remedy = (
             "wait; if it falls: noise_D=0.1 or dropout_G=0.3"
             if config.start_at_background
-            else "noise_D=0.1, dropout_G=0.3"
+            else "start_at_background=True"
         )
     elif status == "green":
         meaning, remedy = "samples differ from each other as real digits do", ""
@@ -1407,11 +1455,18 @@ def _check_sum_rule(now: dict[str, float], config: Config) -> Finding:
 
 def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
     floor, balance = discriminator_loss_bounds(config)
-    status = "yellow" if now["loss_D"] > balance + 0.5 else "green"
-    meaning = f"{floor:.2f} = D separates perfectly, {balance:.2f} = equilibrium, where both D's answers are "
-    meaning += f"{(config.real_label_smooth + config.fake_label_smooth) / 2:g}"
+    m, edge = (config.real_label_smooth + config.fake_label_smooth) / 2, balance + 0.5
+    status = "green" if now["loss_D"] <= edge else "yellow"
+    meaning = f"{floor:.2f}: D separates perfectly; {balance:.2f}: equilibrium, both of D's answers {m:g}, "
+    meaning += f"G loss {generator_loss_at_equilibrium(config):.2f}"
     remedy = "" if status == "green" else STRENGTHEN_D
-    return Finding("D loss (theory)", status, f"{now['loss_D']:.2f}", f"{floor:.2f} – {balance:.2f}", meaning, remedy)
+    return Finding("D loss (theory)", status, f"{now['loss_D']:.2f}", f"{floor:.2f} – {edge:.2f}", meaning, remedy)
+
+
+def generator_loss_at_equilibrium(config: Config) -> float:
+    """Return G's loss when D answers (a + b) / 2 to everything, in nats; 0.7985 for labels 0.9 and 0."""
+    m, wish = (config.real_label_smooth + config.fake_label_smooth) / 2, config.generator_target
+    return -wish * math.log(m) - ((1 - wish) * math.log(1 - m) if wish < 1 else 0.0)
 
 
 def discriminator_loss_bounds(config: Config) -> tuple[float, float]:
@@ -1516,6 +1571,8 @@ def plot_history(history: History) -> Figure:
         axes[0].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
     axes[0].axhline(balance, color=COLOURS["theory"], ls="--", lw=1, label=f"D at equilibrium {balance:.2f}")
     axes[0].axhline(floor, color=COLOURS["theory"], ls=":", lw=1, label=f"D separates perfectly {floor:.2f}")
+    g_balance = generator_loss_at_equilibrium(config)
+    axes[0].axhline(g_balance, color=COLOURS["G"], ls="--", lw=1, label=f"G at equilibrium {g_balance:.2f}")
     axes[0].set_title("losses")
     for name, label, colour in (("D_x", "D(x)", "D"), ("D_G_z", "D(G(z))", "G"), ("D_acc", "D accuracy", "third")):
         axes[1].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
@@ -1614,7 +1671,7 @@ class ProgressBar(Callback):
         """Move the bar by one batch."""
         self.bar.update(gan.config.batch_size * max(1, gan.config.d_steps))
         log = gan.history.batches
-        if gan.step % gan.config.log_every == 0 and log["step"]:
+        if gan.batch % gan.config.log_every == 0 and log["step"]:
             losses = f"D {log['loss_D'][-1]:.3f} G {log['loss_G'][-1]:.3f}"
             self.bar.set_description(f"epoch {gan.epoch + 1}/{gan.last_epoch} {losses}")
 
@@ -1684,7 +1741,7 @@ class BatchLines(Callback):
     def on_batch_end(self, gan: Trainer) -> None:
         """Print one line per `log_every` batches of an epoch."""
         log = gan.history.batches
-        if gan.position and gan.step % gan.config.log_every == 0 and log["step"]:
+        if gan.position and gan.batch % gan.config.log_every == 0 and log["step"]:
             tqdm.write(
                 f"Epoch {gan.epoch + 1}/{gan.last_epoch} | Batch {gan.batch} | D_loss: {log['loss_D'][-1]:.4f} | "
                 f"D_acc: {log['D_acc'][-1]:.2%} | G_loss: {log['loss_G'][-1]:.4f}",
@@ -1721,20 +1778,28 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
     """Write all that training needs to go on into the folder `path`, and return it.
 
     Tensors go to weights.safetensors, the rest to state.json, in a temporary folder that is then moved into place: a
-    stop or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do.
+    stop or a full disk in between leaves the older checkpoint whole. Raises OSError that says what to do, and
+    CheckpointError where `path` holds other things.
     """
     path = Path(path)
+    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"state.json", "weights.safetensors"}):
+        raise CheckpointError(f"{path} holds other things, which saving would replace; choose a folder of its own")
     record, tensors = _checkpoint_of(gan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            new = Path(folder) / "new"
+            new, old = Path(folder) / "new", Path(folder) / "old"
             new.mkdir()
             save_file(tensors, new / "weights.safetensors")
             (new / "state.json").write_text(json.dumps(record))
             if path.exists():
-                path.rename(Path(folder) / "old")
-            new.rename(path)
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:  # a second Ctrl-C too: the older one goes back first
+                if old.exists():
+                    old.rename(path)
+                raise
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
             f"cannot save {path} ({error}); free some space or choose another folder: nothing was lost"
@@ -1762,7 +1827,8 @@ def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "torch": torch.__version__,
         "recipe": gan.recipe,
         "config": dataclasses.asdict(gan.config),
-        "progress": {"epoch": gan.epoch, "step": gan.step, "position": gan.position, "sums": gan._sums},
+        "progress": {"epoch": gan.epoch, "step": gan.step, "position": gan.position, "length": gan._length},
+        "sums": gan._sums,
         "history": gan.history.to_json(),
         "param_groups": groups,
         "scalers": {"G": gan.scaler_G.state_dict(), "D": gan.scaler_D.state_dict()},
@@ -1796,12 +1862,15 @@ def restore(gan: Trainer, record: dict[str, Any], tensors: dict[str, Tensor]) ->
                 network.load_state_dict(_part(tensors, name))
         for name in ("optimizer_G", "optimizer_D"):
             _restore_optimizer(getattr(gan, name), record["param_groups"][name], _part(tensors, name))
-        gan.scaler_G.load_state_dict(record["scalers"]["G"])
-        gan.scaler_D.load_state_dict(record["scalers"]["D"])
+        for name, scaler in (("G", gan.scaler_G), ("D", gan.scaler_D)):
+            if record["scalers"][name] and scaler.is_enabled():  # empty where fp16 was not in use
+                scaler.load_state_dict(record["scalers"][name])
         gan.history = History.from_json(record["history"])
+        gan.history.config = gan.config
         progress = record["progress"]
         gan.epoch, gan.step, gan.position = (progress[name] for name in ("epoch", "step", "position"))
-        gan._sums = dict(progress["sums"])
+        gan._length = progress["length"]
+        gan._sums = dict(record["sums"])
         gan._rng = _part(tensors, "rng")
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint does not fit its own config ({str(error).splitlines()[0]})") from error
@@ -1828,10 +1897,15 @@ def newest_checkpoint(folder: str | Path) -> Path:
     folder = Path(folder)
     if (folder / "state.json").is_file():
         return folder
-    found = sorted(p.parent for p in folder.glob("epoch-*/state.json"))
+    found = _by_age(folder)
     if not found:
         raise FileNotFoundError(f"no checkpoint in {folder}: looked for state.json and epoch-*/state.json")
     return found[-1]
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """Return a folder's checkpoints, oldest first: their names may be those of several runs."""
+    return [p.parent for p in sorted(folder.glob("epoch-*/state.json"), key=lambda p: p.stat().st_mtime_ns)]
 
 
 class SaveCheckpoints(Callback):
@@ -1850,7 +1924,7 @@ class SaveCheckpoints(Callback):
         """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
         with or_warn(f"the checkpoint of epoch {gan.epoch}"):
             save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
-        for old in sorted(self.folder.glob("epoch-*"))[:-2]:
+        for old in _by_age(self.folder)[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -1896,8 +1970,8 @@ class GAN(Trainer):
     def load(cls, path: str | Path, **overrides: Any) -> GAN:
         """Return the GAN of a checkpoint, ready to sample or train on; `GAN.load` takes any recipe.
 
-        overrides: Config fields of the machine, such as device or out_dir.
-        Raises FileNotFoundError, and CheckpointError for a damaged, newer or other recipe's checkpoint.
+        overrides: Config fields that may change, such as device, out_dir or lr_D. Raises ValueError for others,
+        FileNotFoundError, and CheckpointError for a damaged, newer or other recipe's checkpoint.
         """
         path = newest_checkpoint(path)
         record, tensors = read_checkpoint(path)
@@ -1908,12 +1982,13 @@ class GAN(Trainer):
             )
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path} is a {kind.__name__}, not a {cls.__name__}; use {kind.__name__}.load")
+        machine = {name: overrides.pop(name) for name in ("device", "precision", "out_dir") if name in overrides}
         try:
-            config = configure(Config(), **{**record["config"], **overrides})
-        except (ValueError, KeyError, TypeError) as error:
+            gan = kind(configure(Config(), **{**record["config"], **machine}))
+        except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} has a config that does not fit: {error}") from error
-        gan = kind(config)
         restore(gan, record, tensors)
+        gan.reconfigure(**overrides)
         gan.last_checkpoint = path
         return gan
 
@@ -2013,6 +2088,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sample.add_argument("--digits", type=int, nargs="+", help="conditional recipes: one digit, or one for each sample")
     sample.add_argument("--out", type=Path, required=True, help="the .npz file to write")
     options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows '?' rather than end the training
+        getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
         return {"train": _train_command, "sample": _sample_command}[options.command](options)
     except (ValueError, OSError, DivergenceError) as error:
@@ -2060,7 +2137,7 @@ def _parse_fields(pairs: Sequence[str]) -> dict[str, Any]:
 
 def _sample_command(options: argparse.Namespace) -> int:
     """Write images float32 (n, 1, H, W) in [-1, 1], and their digits where the recipe has classes."""
-    gan = GAN.load(options.checkpoint)
+    gan = GAN.load(options.checkpoint, device="auto", precision="auto")
     images = gan.sample(options.n, seed=options.seed, digits=options.digits)
     arrays = {"images": images.numpy()}
     if gan.config.conditional:

@@ -261,17 +261,19 @@ def test_what_the_readme_calls_healthy_is_called_a_d_that_separates_perfectly():
 
 
 @pytest.mark.parametrize(
-    ("kind", "floor", "balance", "middle"),
+    ("kind", "floor", "edge", "middle", "g_loss"),
     [
-        (du.DCGAN, "0.92", "1.38", "0.525"),
-        (du.StableDCGAN, "0.33", "1.38", "0.45"),
-        (du.FastDCGAN, "0.33", "1.38", "0.45"),
+        (du.DCGAN, "0.92", "1.88", "0.525", "0.64"),  # -ln 0.525
+        (du.StableDCGAN, "0.33", "1.88", "0.45", "0.80"),
+        (du.FastDCGAN, "0.33", "1.88", "0.45", "0.80"),
     ],
 )
-def test_the_loss_is_shown_between_its_floor_and_its_equilibrium(kind, floor, balance, middle):
+def test_the_loss_is_shown_between_its_floor_and_its_equilibrium(kind, floor, edge, middle, g_loss):
     finding = panel(kind, loss_D=1.2)["D loss (theory)"]
-    assert (finding.status, finding.value, finding.band) == ("green", "1.20", f"{floor} – {balance}")
-    assert f"answers are {middle}" in finding.message
+    assert (finding.status, finding.value, finding.band) == ("green", "1.20", f"{floor} – {edge}")
+    assert "1.38: equilibrium" in finding.message
+    assert f"answers {middle}, G loss {g_loss}" in finding.message
+    assert panel(kind, loss_D=float("nan"))["D loss (theory)"].status == "yellow"
     assert panel(kind, loss_D=2.5)["D loss (theory)"].status == "yellow"
 
 

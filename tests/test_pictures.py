@@ -123,7 +123,7 @@ def test_the_history_figure_draws_theorys_lines():
     def levels(axes):
         return sorted(line.get_ydata()[0] for line in axes.lines if len(set(line.get_ydata())) == 1)
 
-    assert levels(losses) == pytest.approx([0.3251, 1.3763], abs=1e-4)
+    assert levels(losses) == pytest.approx([0.3251, 0.7985, 1.3763], abs=1e-4)  # D's floor, G and D at equilibrium
     assert levels(answers) == pytest.approx([0.45])
     assert levels(diversity) == [1]
     shown = " ".join(text.get_text() for text in losses.get_legend().get_texts())

@@ -109,6 +109,52 @@ def test_checkpoints_of_a_run_keep_the_two_newest(digits, tmp_path):
     assert gan.last_checkpoint == tmp_path / "epoch-0004"
 
 
+def test_saving_never_replaces_other_things(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    gan = make()
+    for path in (tmp_path, tmp_path / "notes.txt"):
+        with pytest.raises(du.CheckpointError, match="holds other things"):
+            gan.save(path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_move_that_fails_puts_the_older_checkpoint_back(digits, tmp_path, monkeypatch):
+    gan = make()
+    gan.save(tmp_path / "ck")
+    rename = Path.rename
+
+    def fails(self, target):
+        if self.name == "new":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    gan.train(1, data=digits, callbacks=[])
+    with pytest.raises(OSError, match="nothing was lost"):
+        gan.save(tmp_path / "ck")
+    assert du.FastDCGAN.load(tmp_path / "ck").epoch == 0
+
+
+def test_a_new_run_into_an_old_folder_keeps_its_own_checkpoints(digits, tmp_path):
+    make().train(4, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    second = make(seed=5)
+    second.train(1, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    assert second.last_checkpoint.is_dir()
+    assert du.GAN.load(tmp_path).config.seed == 5
+
+
+def test_loading_takes_changes_that_can_be_made(digits, tmp_path):
+    gan = make(du.StableDCGAN)
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "ck")
+    changed = du.StableDCGAN.load(tmp_path / "ck", beta1=0.2, real_label_smooth=1.0, out_dir="elsewhere", num_epochs=9)
+    assert changed.optimizer_G.param_groups[0]["betas"][0] == 0.2
+    assert changed.history.config is changed.config
+    assert (changed.config.out_dir, changed.config.num_epochs, changed.loss.real) == ("elsewhere", 9, 1.0)
+    with pytest.raises(ValueError, match="ngf is built in"):
+        du.StableDCGAN.load(tmp_path / "ck", ngf=8)
+
+
 def break_checkpoint(folder, how):
     state, tensors = folder / "state.json", folder / "weights.safetensors"
     record = json.loads(state.read_text())

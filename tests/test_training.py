@@ -160,7 +160,7 @@ def test_each_step_leaves_the_other_player_alone(digits):
     gan = make(du.StableDCGAN)
     gan._set_data(digits)
     real = du.normalise(gan.images[:16])
-    fake = gan._fake(None)
+    fake = gan._fake(16, None)
     g_before, d_before = weights(gan.generator), weights(gan.discriminator)
     loss, d_x, d_g_z, accuracy = du.train_discriminator(gan, real, fake, None)
     assert torch.equal(weights(gan.generator), g_before)
@@ -280,6 +280,71 @@ def test_data_that_do_not_fit_are_refused(data, message, digits):
         make().train(1, data=data(*digits), callbacks=[])
 
 
+def test_a_conditional_generator_with_one_image_a_class_is_red(digits):
+    gan = make()
+    gan._set_data(digits)
+    one_each = torch.stack([du.normalise(digits[0][digits[1] == k][:1])[0] for k in range(10)])
+    gan.fixed_samples = lambda n: one_each[torch.arange(n) % 10]
+    assert gan.diversity() < 0.01
+    gan.fixed_samples = lambda n: du.normalise(digits[0][torch.arange(n) % 96])  # any digits: the variety is there
+    assert gan.diversity() > 0.7
+
+
+def test_training_can_go_on_after_divergence_without_hanging(digits):
+    class Poisons(du.Callback):
+        def on_batch_end(self, gan):
+            with torch.no_grad():
+                next(gan.generator.parameters()).fill_(float("nan"))
+
+    gan = make()
+    for _ in range(2):
+        with pytest.raises(du.DivergenceError, match="epoch 1"):
+            gan.train(1, data=digits, callbacks=[Poisons()])
+    last = make(du.StableDCGAN, batch_size=96)  # one batch: only the samples can show it
+    with pytest.raises(du.DivergenceError, match="its last batch"):
+        last.train(1, data=digits, callbacks=[Poisons()])
+    assert last.history["epoch"] == []
+
+
+def test_the_same_data_in_a_new_tuple_goes_on_with_the_epoch(digits):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[StopAt(4)])
+    gan.train(1, data=(digits[0], digits[1]), callbacks=[])
+    assert (gan.step, gan.epoch) == (6, 1)
+    gan.train(1, data=digits, callbacks=[StopAt(8)])
+    gan.train(1, data=(digits[0][:32], digits[1][:32]), callbacks=[])  # other data: a whole epoch of it
+    assert (gan.step, gan.epoch) == (10, 2)
+
+
+def test_batch_size_may_change_within_an_epoch(digits):
+    class Shrinks(du.Callback):
+        def on_batch_end(self, gan):
+            gan.reconfigure(batch_size=8)
+
+    gan = make()
+    gan.train(1, data=digits, callbacks=[Shrinks()])
+    assert gan.step == 1 + 80 // 8
+
+
+def test_numpy_data_and_uint8_labels_are_taken(digits):
+    gan = make()
+    gan.train(1, data=(digits[0].numpy(), digits[1].byte().numpy()), callbacks=[])
+    make(du.StableDCGAN).train(1, data=digits[0].numpy(), callbacks=[])
+    assert gan.labels.dtype == torch.long
+    with pytest.raises(ValueError, match="max_seconds"):
+        gan.train(1, data=digits, max_seconds=0)
+
+
+def test_a_plain_class_is_a_callback_too(digits):
+    class Plain:
+        def on_epoch_end(self, gan):
+            self.epoch = gan.epoch
+
+    plain = Plain()
+    make().train(1, data=digits, callbacks=[plain])
+    assert plain.epoch == 1
+
+
 @pytest.mark.parametrize("kind", RECIPES)
 def test_samples_have_shape_range_and_seed(kind):
     gan = make(kind)
@@ -295,7 +360,11 @@ def test_samples_have_shape_range_and_seed(kind):
     assert not torch.equal(gan.sample(5), gan.sample(5))
     assert gan.generator.training  # the mode of every part is put back
     assert not gan.generator.layers[0].training
-    assert gan.score(images).shape == (5,)
+    digits = [1] * 5 if gan.config.conditional else None
+    assert gan.score(images, digits).shape == (5,)
+    if gan.config.conditional:
+        with pytest.raises(ValueError, match="pass digits"):
+            gan.score(images)
     with pytest.raises(ValueError, match="at least one"):
         gan.sample(0)
 
@@ -349,4 +418,4 @@ def test_training_learns_the_digits_that_one_asks_for():
     real = torch.stack([du.normalise(images[labels == digit]).flatten(1).mean(dim=0) for digit in range(10)])
     likeness = torch.corrcoef(torch.cat([made - made.mean(dim=0), real - real.mean(dim=0)]))[:10, 10:]
     assert (likeness.argmax(dim=1) == torch.arange(10)).sum() >= 8  # untrained: about 1 of 10
-    assert gan.history["diversity"][-1] > 0.6
+    assert gan.history["diversity"][-1] > 0.3  # within each digit; one image a digit would give 0

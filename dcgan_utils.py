@@ -1575,6 +1575,7 @@ def plot_history(history: History) -> Figure:
     axes[0].axhline(g_balance, color=COLOURS["G"], ls="--", lw=1, label=f"G at equilibrium {g_balance:.2f}")
     axes[0].set_title("losses")
     for name, label, colour in (("D_x", "D(x)", "D"), ("D_G_z", "D(G(z))", "G"), ("D_acc", "D accuracy", "third")):
+        axes[1].plot(history.batches["epoch"], history.batches[name], color=COLOURS[colour], alpha=0.35, lw=1)
         axes[1].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
     axes[1].axhline(m, color=COLOURS["theory"], ls="--", lw=1, label=f"equilibrium {m:g}")
     axes[1].set(title="what D answers", ylim=(0, 1))
@@ -1603,7 +1604,7 @@ def make_animation(
         raise FileNotFoundError(f"no PNG files or figures in {where}; train with save_every=1 first")
     path = prepare_file(path)
     durations = [int(1000 * seconds)] * (len(pictures) - 1) + [int(1000 * hold)]
-    small = [p.quantize(64) for p in pictures]
+    small = [p.quantize(32, dither=Image.Dither.NONE) for p in pictures]  # dithering would double the size
     small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
     return path
 

@@ -399,13 +399,14 @@ def test_precision_follows_the_device(monkeypatch):
     assert du.pick_precision("auto", cuda) == "bf16"
 
 
-def test_bf16_agrees_with_fp32_over_the_first_iterations(digits):
+@pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN])  # DCGAN ends in a 4×4 → 1×1 convolution
+def test_bf16_agrees_with_fp32_over_the_first_iterations(kind, digits):
     histories = []
     for precision in ("fp32", "bf16"):
-        gan = make(du.StableDCGAN, precision=precision, dropout_D=0.0, ngf=8, ndf=8, batch_size=32)
+        gan = make(kind, precision=precision, dropout_D=0.0, ngf=8, ndf=8, batch_size=32)
         histories.append(gan.train(2, data=digits, callbacks=[]))
     for name in ("loss_D", "loss_G"):
-        assert histories[1][name] == pytest.approx(histories[0][name], rel=0.02)
+        assert histories[1][name] == pytest.approx(histories[0][name], rel=0.03)
 
 
 def test_training_learns_the_digits_that_one_asks_for():

@@ -1,18 +1,18 @@
 """What every test shares: the repository on the path, quiet pictures, few threads, no Kaggle mounts, real MNIST."""
 
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("MPLBACKEND", "Agg")  # pictures are drawn, never shown
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import matplotlib  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import dcgan_utils as du  # noqa: E402
 
+matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no figure
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tensors here are small; more threads only wait
 
 

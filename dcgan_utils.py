@@ -887,7 +887,7 @@ class Trainer:
         if batch_size is not None:
             self.reconfigure(batch_size=batch_size)
         self._set_data(data)
-        torch.set_flush_denormal(True)  # subnormal numbers, common early on, are 5 to 50 times slower
+        torch.set_flush_denormal(True)  # subnormal numbers, common early on, are many times slower
         callbacks = self.default_callbacks() if callbacks is None else list(callbacks)
         left = self.config.num_epochs - self.epoch if epochs is None else epochs
         self.last_epoch = self.epoch + max(0, left)
@@ -2047,7 +2047,7 @@ class FastDCGAN(GAN):
         image_size=28,
         nz=64,
         ndf=32,
-        conditional=True,  # labels are worth a factor of ten in distance
+        conditional=True,  # one chooses the digit, and labels speed learning up
         num_epochs=4,
         lr_G=2e-3,  # ten times DCGAN's: small networks bear it, and the schedule ends at 0
         lr_D=2e-3,

@@ -1,6 +1,7 @@
 """The command line and the reports: what a terminal shows and what is left on disk."""
 
 import gzip
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -123,3 +124,12 @@ def test_it_runs_as_a_script(folder, tmp_path):
     assert "max_seconds = 0.01 reached" in done.stdout
     assert "health after epoch" in done.stdout
     assert (tmp_path / "outputs" / "fast" / "real_vs_fake.png").exists()
+
+
+def test_the_progress_bar_shows_rate_and_time_left(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    gan = du.FastDCGAN(ngf=4, ndf=4, batch_size=16, nz=8, log_every=1, out_dir=str(tmp_path))
+    gan.train(30, data=folder, callbacks=[du.ProgressBar()])
+    shown = capsys.readouterr().err
+    assert re.search(r"epoch \d+/30 D \d\.\d+ G \d\.\d+: +\d+%", shown)
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d, .*img/s", shown)  # elapsed < left, rate

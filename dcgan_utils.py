@@ -22,6 +22,7 @@ import copy
 import csv
 import dataclasses
 import difflib
+import functools
 import gzip
 import hashlib
 import html
@@ -38,23 +39,27 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
 import matplotlib.pyplot as plt
 import numpy as np
 import safetensors
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
@@ -62,9 +67,7 @@ from tqdm import tqdm
 
 __version__ = "0.1.0"
 
-# ======================================================================================================================
-# Constants
-# ======================================================================================================================
+# === Constants ========================================================================================================
 CHECKPOINT_FORMAT = 1  # raised when an older dcgan_utils could no longer read what this one writes
 EMBEDDED_MNIST = Path(__file__).resolve().parent / "data" / "mnist"
 KAGGLE_INPUT = Path("/kaggle/input")
@@ -74,14 +77,24 @@ MNIST_SHA256 = {  # of the uncompressed IDX files; the gzip layer may differ fro
     "t10k-images": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-METRICS = ("loss_D", "loss_G", "D_x", "D_G_z", "D_acc")  # what every batch records, in this order
+JUDGE_SHA256 = "c7b03e6dfb141b8d4444e1185fc49df1a21239f7fdb3ca090d2a9d0c9782bdcc"  # of data/judge.safetensors
+JUDGE_FEATURES = 64
+MIN_SAMPLES = 100  # more than the judge has features, so that a covariance can be told
+METRICS = ("loss_D", "loss_G", "D_x", "D_G_z", "D_acc", "D_std", "grad_D", "grad_G", "leak")  # of every batch
+EPOCH_READINGS = (
+    "swing",
+    "move_D",
+    "move_G",
+    "move_BN_D",
+    "move_BN_G",
+    "diversity",
+    "spacing",
+)  # what every epoch adds
 PREVIEW = 32  # images on each side of the real-vs-fake grid
 DIVERSITY_SAMPLES = 256  # fixed-noise samples behind the diversity reading; the grids show the first of them
 
 
-# ======================================================================================================================
-# Config: every number of a recipe, in one frozen place
-# ======================================================================================================================
+# === Config: every number of a recipe, in one frozen place ============================================================
 @dataclass(frozen=True)
 class Config:
     """Hold every number of a recipe; the defaults are those of the 64×64 `DCGAN`.
@@ -108,6 +121,7 @@ class Config:
     beta1: float = 0.5  # Adam's 0.9 oscillates here (Radford et al. 2015, §4)
     beta2: float = 0.999  # Adam's default
     adam_eps: float = 1e-8  # PyTorch's default; TensorFlow's is 1e-7
+    detach: bool = True  # False: D's step moves G too, towards what D detects; only to see what goes wrong
     d_steps: int = 1  # D updates per iteration; 0 freezes D
     g_steps: int = 1  # G updates per iteration; 0 freezes G
     # labels: what the losses aim at
@@ -115,6 +129,8 @@ class Config:
     fake_label_smooth: float = 0.2  # b: D's target for generated images
     generator_target: float = 1.0  # what G wants D to say of its images (non-saturating loss)
     start_at_background: bool = True  # G's output bias starts at the data's median grey; False is the literal recipe
+    batch_norm_G: bool = True  # False: G without BatchNorm; the 64×64 networks then hardly start
+    batch_norm_D: bool = True  # False: D without BatchNorm
     # remedies, off unless a recipe names them
     dropout_D: float = 0.0  # share of D's hidden activations dropped: weakens D
     dropout_G: float = 0.0  # the same in G: more varied samples
@@ -167,6 +183,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "conditional": (True, False),
     "start_at_background": (True, False),
+    "detach": (True, False),
+    "batch_norm_G": (True, False),
+    "batch_norm_D": (True, False),
 }
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
 
@@ -190,9 +209,7 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
 
 
-# ======================================================================================================================
-# Data: IDX, CSV and torchvision's sets become one uint8 tensor
-# ======================================================================================================================
+# === Data: IDX, CSV and torchvision's sets become one uint8 tensor ====================================================
 _IDX_NAME = re.compile(r"^(train|t10k)[-.](images|labels)[-.]idx[13][-.]ubyte(\.gz)?$")
 _CSV_NAME = re.compile(r"^(?:.*[_-])?(train|test)\.csv$")
 
@@ -391,30 +408,19 @@ def normalise(images: Tensor) -> Tensor:
     return images.unsqueeze(1).float().div_(127.5).sub_(1)
 
 
-# ======================================================================================================================
-# Models: two small networks a recipe; a discriminator returns logits, a generator images in [-1, 1]
-# ======================================================================================================================
+# === Models: two small networks a recipe; a discriminator returns logits, a generator images in [-1, 1] ===============
 class DCGANGenerator(nn.Module):
     """Map z (N, nz) to images (N, 1, S, S), doubling from 4×4 (Radford et al. 2015; README of the 64×64 recipe)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         widths = dcgan_widths(config.image_size, config.ngf)  # 64×64: 512, 256, 128, 64
-        layers = hidden(
-            nn.ConvTranspose2d(config.nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False),  # 1×1 → 4×4
-            nn.BatchNorm2d(widths[0]),
-            nn.ReLU(inplace=True),
-            dropout=config.dropout_G,
-        )
+        norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
+        first = nn.ConvTranspose2d(config.nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False)  # 1×1 → 4×4
+        layers = hidden(first, norm(widths[0]), nn.ReLU(inplace=True), dropout=config.dropout_G)
         for wide, narrow in pairwise(widths):
-            layers += hidden(
-                nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False),  # side × 2
-                nn.BatchNorm2d(narrow),
-                nn.ReLU(inplace=True),
-                dropout=config.dropout_G,
-            )
-        bias = config.start_at_background  # see start_at_background below
-        layers += [nn.ConvTranspose2d(widths[-1], 1, kernel_size=4, stride=2, padding=1, bias=bias), nn.Tanh()]
+            layers += hidden(double(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
+        layers += [double(widths[-1], 1, bias=config.start_at_background), nn.Tanh()]  # see start_at_background below
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
 
@@ -429,18 +435,11 @@ class DCGANDiscriminator(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         widths = dcgan_widths(config.image_size, config.ndf)[::-1]  # 64×64: 64, 128, 256, 512
-        layers = hidden(  # no BatchNorm on the images themselves (Radford et al. 2015, §3)
-            nn.Conv2d(1, widths[0], kernel_size=4, stride=2, padding=1, bias=False),
-            nn.LeakyReLU(0.2, inplace=True),
-            dropout=config.dropout_D,
-        )
+        norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
+        # no BatchNorm on the images themselves (Radford et al. 2015, §3)
+        layers = hidden(halve(1, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
         for narrow, wide in pairwise(widths):
-            layers += hidden(
-                nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1, bias=False),  # side ÷ 2
-                nn.BatchNorm2d(wide),
-                nn.LeakyReLU(0.2, inplace=True),
-                dropout=config.dropout_D,
-            )
+            layers += hidden(halve(narrow, wide), norm(wide), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
         layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False), nn.Flatten(0)]  # → (N,)
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
@@ -457,24 +456,16 @@ class StableGenerator(nn.Module):
         super().__init__()
         self.side = config.image_size // 4  # 28×28 starts at 7×7
         w = config.ngf
+        norm = tensorflow_batch_norm if config.batch_norm_G else nn.Identity
         self.dense = nn.Sequential(
             nn.Linear(config.nz, self.side**2 * 4 * w, bias=False),  # (N, 7·7·256)
-            tensorflow_batch_norm(nn.BatchNorm1d, self.side**2 * 4 * w),
+            norm(nn.BatchNorm1d, self.side**2 * 4 * w),
             nn.LeakyReLU(0.2, inplace=True),
         )
+        act = partial(nn.LeakyReLU, 0.2, inplace=True)
         self.layers = nn.Sequential(
-            *hidden(
-                SameConvTranspose2d(4 * w, 2 * w),  # (N, 128, 14, 14)
-                tensorflow_batch_norm(nn.BatchNorm2d, 2 * w),
-                nn.LeakyReLU(0.2, inplace=True),
-                dropout=config.dropout_G,
-            ),
-            *hidden(
-                SameConvTranspose2d(2 * w, w),  # (N, 64, 28, 28)
-                tensorflow_batch_norm(nn.BatchNorm2d, w),
-                nn.LeakyReLU(0.2, inplace=True),
-                dropout=config.dropout_G,
-            ),
+            *hidden(SameConvTranspose2d(4 * w, 2 * w), norm(nn.BatchNorm2d, 2 * w), act(), dropout=config.dropout_G),
+            *hidden(SameConvTranspose2d(2 * w, w), norm(nn.BatchNorm2d, w), act(), dropout=config.dropout_G),
             nn.Conv2d(w, 1, kernel_size=5, padding=2, bias=config.start_at_background),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
@@ -516,21 +507,15 @@ class FastGenerator(nn.Module):
         super().__init__()
         self.side = config.image_size // 4  # 28×28 starts at 7×7
         w = config.ngf
+        norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
         self.embedding = nn.Embedding(config.num_classes, 32) if config.conditional else None
         self.dense = nn.Linear(config.nz + (32 if config.conditional else 0), self.side**2 * 2 * w, bias=False)
         self.layers = nn.Sequential(
-            nn.BatchNorm2d(2 * w),
+            norm(2 * w),
             nn.ReLU(inplace=True),  # (N, 128, 7, 7)
-            *hidden(
-                nn.ConvTranspose2d(2 * w, w, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(w),
-                nn.ReLU(inplace=True),  # (N, 64, 14, 14)
-                dropout=config.dropout_G,
-            ),
-            nn.Conv2d(
-                w, 4, kernel_size=3, padding=1
-            ),  # as many multiplications as one at 28×28, without 64 maps of that size
-            nn.PixelShuffle(2),  # (N, 1, 28, 28)
+            *hidden(double(2 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 64, 14, 14)
+            nn.Conv2d(w, 4, kernel_size=3, padding=1),  # four maps at 14×14 cost what one at 28×28 would, and
+            nn.PixelShuffle(2),  # (N, 1, 28, 28): no 64 maps of that size are needed
             nn.Tanh(),
         )
         self.apply(init_dcgan)
@@ -549,24 +534,13 @@ class FastDiscriminator(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         w = config.ndf
+        norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
+        act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
+        last = nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False)
         self.layers = nn.Sequential(
-            *hidden(
-                nn.Conv2d(1, w, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.LeakyReLU(0.2, inplace=True),  # (N, 32, 14, 14)
-                dropout=config.dropout_D,
-            ),
-            *hidden(
-                nn.Conv2d(w, 2 * w, kernel_size=4, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(2 * w),
-                nn.LeakyReLU(0.2, inplace=True),  # (N, 64, 7, 7)
-                dropout=config.dropout_D,
-            ),
-            *hidden(
-                nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(4 * w),
-                nn.LeakyReLU(0.2, inplace=True),  # (N, 128, 4, 4)
-                dropout=config.dropout_D,
-            ),
+            *hidden(halve(1, w), act(), dropout=drop),  # (N, 32, 14, 14)
+            *hidden(halve(w, 2 * w), norm(2 * w), act(), dropout=drop),  # (N, 64, 7, 7)
+            *hidden(last, norm(4 * w), act(), dropout=drop),  # (N, 128, 4, 4)
         )
         features = math.ceil(config.image_size / 8) ** 2 * 4 * w
         self.head = nn.Linear(features, 1)
@@ -580,6 +554,16 @@ class FastDiscriminator(nn.Module):
         if self.class_heads is not None:
             logits = logits + self.class_heads(features).gather(1, labels[:, None]).squeeze(1)
         return logits
+
+
+def double(wide: int, narrow: int, bias: bool = False) -> nn.Module:
+    """Return the convolution that doubles the side (Radford et al. 2015)."""
+    return nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=bias)
+
+
+def halve(narrow: int, wide: int) -> nn.Module:
+    """Return the convolution that halves the side."""
+    return nn.Conv2d(narrow, wide, kernel_size=4, stride=2, padding=1, bias=False)
 
 
 def hidden(*layers: nn.Module, dropout: float) -> list[nn.Module]:
@@ -659,9 +643,7 @@ def count_parameters(module: nn.Module) -> tuple[int, int]:
     return trainable + statistics, trainable
 
 
-# ======================================================================================================================
-# Losses and steps: the two short functions that are the GAN
-# ======================================================================================================================
+# === Losses and steps: the two short functions that are the GAN =======================================================
 class NonSaturatingLoss:
     """Hold the non-saturating GAN loss with smoothed labels (Goodfellow et al. 2014, §3).
 
@@ -686,34 +668,44 @@ def cross_entropy(logits: Tensor, target: float) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.float(), torch.full_like(logits, target, dtype=torch.float32))
 
 
-def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, ...]:
-    """Take one D step on real and fake (N, 1, S, S); return its loss, D(x), D(G(z)) and accuracy, without gradients."""
+def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Take one D step on real and fake (N, 1, S, S); return its METRICS as scalars without gradients."""
     with gan.autocast():
-        real_logits = gan.discriminator(gan.noisy(real), labels)
+        real_logits = gan.players["D"](gan.noisy(real), labels)
         # detach: this step must not reach into G, whose turn comes next
-        fake_logits = gan.discriminator(gan.noisy(fake.detach()), labels)
+        fake_logits = gan.players["D"](gan.noisy(fake.detach() if gan.config.detach else fake), labels)
         loss = gan.loss.discriminator(real_logits, fake_logits)
-    if gan.config.d_steps:
-        gan.update(gan.optimizer_D, gan.scaler_D, loss)
-    return loss.detach(), *read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
+    gradient = gan.update("D", loss)
+    answers = read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
+    return {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
 
 
-def train_generator(gan: Trainer, fake: Tensor, labels: Tensor | None) -> Tensor:
-    """Take one G step on fake (N, 1, S, S), which still knows how G made it; return G's loss, without gradients."""
+def train_generator(gan: Trainer, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+    """Take one G step on fake (N, 1, S, S), which still knows how G made it; return its METRICS."""
     with gan.autocast(), frozen(gan.discriminator):  # D passes gradients on to G and keeps none for itself
         # D(fake) again: D has just changed, and the graph of its own step ended at detach
         loss = gan.loss.generator(gan.discriminator(gan.noisy(fake), labels))
-    if gan.config.g_steps:
-        gan.update(gan.optimizer_G, gan.scaler_G, loss)
-    return loss.detach()
+    gradient = gan.update("G", loss)
+    return {"loss_G": loss.detach(), "grad_G": gradient}
 
 
-def read_discriminator(real_logits: Tensor, fake_logits: Tensor, config: Config) -> tuple[Tensor, Tensor, Tensor]:
-    """Return mean D(x), mean D(G(z)) and D's accuracy, whose threshold is the equilibrium m = (a + b) / 2."""
+def read_discriminator(real_logits: Tensor, fake_logits: Tensor, config: Config) -> dict[str, Tensor]:
+    """Return mean D(x), mean D(G(z)), D's accuracy and the standard deviation of all its answers.
+
+    The accuracy's threshold is the equilibrium m = (a + b) / 2, not 0.5.
+    """
     m = (config.real_label_smooth + config.fake_label_smooth) / 2
     edge = math.log(m / (1 - m)) if 0 < m < 1 else 0.0
     accuracy = ((real_logits > edge).float().mean() + (fake_logits < edge).float().mean()) / 2
-    return real_logits.sigmoid().mean(), fake_logits.sigmoid().mean(), accuracy
+    answers = torch.stack([real_logits, fake_logits]).sigmoid()
+    return {"D_x": answers[0].mean(), "D_G_z": answers[1].mean(), "D_acc": accuracy, "D_std": answers.std()}
+
+
+def gradient_length(network: nn.Module) -> Tensor:
+    """Return the length of the gradient that lies in a network, 0 where there is none."""
+    weights = list(network.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=weights[0].device)
 
 
 @contextmanager
@@ -726,9 +718,7 @@ def frozen(network: nn.Module) -> Iterator[None]:
         network.requires_grad_(True)
 
 
-# ======================================================================================================================
-# Training: one loop for every recipe; callbacks show, save and stop
-# ======================================================================================================================
+# === Training: one loop for every recipe; callbacks show, save and stop ===============================================
 class DivergenceError(RuntimeError):
     """Say that a loss became NaN or infinite; the history up to then is kept."""
 
@@ -740,23 +730,53 @@ class History(dict):
     """
 
     def __init__(self, config: Config, epochs: dict | None = None, batches: dict | None = None) -> None:
-        super().__init__({name: [] for name in (*METRICS, "diversity", "epoch", "seconds", "images_per_second")})
-        self.update(epochs or {})
-        self.batches: dict[str, list[float]] = batches or {name: [] for name in ("step", "epoch", *METRICS)}
+        super().__init__({name: [] for name in (*METRICS, *EPOCH_READINGS, "epoch", "seconds", "images_per_second")})
+        self.update({name: list(values) for name, values in (epochs or {}).items()})
+        self.batches: dict[str, list[float]] = {name: [] for name in ("step", "epoch", *METRICS)}
+        self.batches.update({name: list(values) for name, values in (batches or {}).items()})
+        self.diverged = ""  # where a loss, or G itself, ceased to be a number
+        for lines in (self, self.batches):  # an older record lacks some readings
+            for values in lines.values():
+                values[:0] = [None] * (len(lines["epoch"]) - len(values))
         self.config = config
 
     def to_json(self) -> dict[str, Any]:
         """Return config, epochs and batches as JSON-ready dictionaries."""
-        return {"config": dataclasses.asdict(self.config), "epochs": dict(self), "batches": self.batches}
+        epochs = {"epochs": dict(self), "batches": self.batches, "diverged": self.diverged}
+        return {"config": dataclasses.asdict(self.config), **epochs}
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """Return the history that `to_json` wrote."""
-        return cls(configure(Config(), **record["config"]), record["epochs"], record["batches"])
+        history = cls(configure(Config(), **record["config"]), record["epochs"], record["batches"])
+        history.diverged = record.get("diverged", "")
+        return history
+
+    def record(self, name: str, value: float) -> None:
+        """Write a value for the newest epoch under a name of one's own; epochs without one hold None."""
+        values = self.setdefault(name, [])
+        values += [None] * (len(self["epoch"]) - len(values))
+        values[-1] = value
+
+    def line(self, index: int = -1) -> dict[str, float]:
+        """Return the values of one epoch, by default the newest; empty before the first one."""
+        present = {name: values for name, values in self.items() if -len(values) <= index < len(values)}
+        return {name: values[index] for name, values in present.items() if values[index] is not None}
+
+    def until(self, epochs: int) -> Self:
+        """Return what this history was when it had so many lines."""
+        lines = {name: values[:epochs] for name, values in self.items()}
+        known = sum(epoch <= lines["epoch"][-1] for epoch in self.batches["epoch"]) if epochs else 0
+        return type(self)(self.config, lines, {name: values[:known] for name, values in self.batches.items()})
+
+    def finite(self) -> bool:
+        """Return whether training has not diverged and the newest measurements are numbers."""
+        newest = [self.batches[name][-1] for name in METRICS if self.batches[name]]
+        return not self.diverged and all(value is None or math.isfinite(value) for value in newest)
 
     def last(self) -> dict[str, float]:
         """Return the newest epoch's values, empty before the first one."""
-        return {name: values[-1] for name, values in self.items() if values}
+        return self.line(-1)
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in self.last().items() if name in METRICS)
@@ -798,11 +818,17 @@ class Trainer:
         self.check_image_size(self.config.image_size)
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.config.precision, self.device)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.config.batch_size % self.world:
+            raise ValueError(f"batch_size = {self.config.batch_size} must be a multiple of the {self.world} processes")
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.default_generator.manual_seed(self.config.seed)
             self.generator = self._place(self.networks[0](self.config))
             self.discriminator = self._place(self.networks[1](self.config))
+            if self.rank:  # each process draws its own noise
+                torch.default_generator.manual_seed(self.config.seed + 1_000_003 * self.rank)
             self._rng = {"cpu": torch.get_rng_state()}
+        self.players = {"D": self._parallel(self.discriminator), "G": self._parallel(self.generator)}
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if self.config.ema else None
         self.optimizer_G = make_optimizer(self.generator, self.config, self.config.lr_G)
         self.optimizer_D = make_optimizer(self.discriminator, self.config, self.config.lr_D)
@@ -819,7 +845,7 @@ class Trainer:
         self._source: Any = None
         self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
-        self._sums = dict.fromkeys((*METRICS, "count", "images", "seconds"), 0.0)  # of the epoch under way
+        self._sums = dict.fromkeys((*METRICS, "D_G_z²", "count", "images", "seconds"), 0.0)  # of the epoch under way
 
     @classmethod
     def resolve(cls, config: Config | None = None, **overrides: Any) -> Config:
@@ -839,21 +865,22 @@ class Trainer:
         """Return the network on the device, its convolutions in the layout that is fastest on CPU and GPU."""
         return network.to(self.device, memory_format=torch.channels_last)
 
+    def _parallel(self, network: nn.Module) -> nn.Module:
+        """Return the network, its gradients averaged over all processes where `torchrun` started several.
+
+        BatchNorm's buffers stay apart within an epoch: D runs twice before its backward pass, which a broadcast into
+        them would break.
+        """
+        if self.world == 1:
+            return network
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+
     def reconfigure(self, **changes: Any) -> None:
         """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
         config = configure(self.config, **changes)
-        fixed = {
-            "image_size",
-            "nz",
-            "ngf",
-            "ndf",
-            "conditional",
-            "num_classes",
-            "optimizer",
-            "start_at_background",
-            "seed",
-        }
-        fixed |= {"dropout_D", "dropout_G", "device", "precision"}
+        fixed = ["image_size", "nz", "ngf", "ndf", "conditional", "num_classes", "batch_norm_G", "batch_norm_D"]
+        fixed += ["optimizer", "start_at_background", "seed", "dropout_D", "dropout_G", "device", "precision"]
         changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if changed or bool(config.ema) != bool(self.config.ema):
             raise ValueError(
@@ -889,9 +916,10 @@ class Trainer:
         self._set_data(data)
         torch.set_flush_denormal(True)  # subnormal numbers, common early on, are many times slower
         callbacks = self.default_callbacks() if callbacks is None else list(callbacks)
+        callbacks = callbacks if self.rank == 0 else []  # one process shows and saves
         left = self.config.num_epochs - self.epoch if epochs is None else epochs
         self.last_epoch = self.epoch + max(0, left)
-        self._clock, self._max_seconds, self.stop_reason = time.perf_counter(), max_seconds, None
+        self._clock, self._max_seconds, self._elapsed, self.stop_reason = time.perf_counter(), max_seconds, 0.0, None
         with stop_on_interrupt(self):
             self._tell(callbacks, "on_train_begin")
             try:
@@ -916,6 +944,7 @@ class Trainer:
         if self.step == 0 and self.config.start_at_background:
             start_at_background(self.generator, self.images)
         self._drop_unfinished_line()
+        step, before = self.step, self._positions()
         for batches in self._epoch_batches():
             start = time.perf_counter()
             self._set_learning_rates()
@@ -923,15 +952,17 @@ class Trainer:
                 self._iterate(batches)
             self._sums["seconds"] += time.perf_counter() - start
             self._tell(callbacks, "on_batch_end")
-            if self._max_seconds is not None and time.perf_counter() - self._clock >= self._max_seconds:
-                self.stop(f"max_seconds = {self._max_seconds:g} reached")
-            if self.stop_reason:
-                break
+            if self.world == 1 or self.batch % self.config.log_every == 0:
+                self._agree()
+                if self.stop_reason:
+                    break
         start = time.perf_counter()
         self._fetch_rows()  # on a GPU this waits for what was launched
         self._sums["seconds"] += time.perf_counter() - start
-        self._close_epoch()
+        self._share_buffers()
+        self._close_epoch(step, before)
         self._tell(callbacks, "on_epoch_end")
+        self._agree()
 
     def _epoch_batches(self) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
         """Yield, for each iteration, one batch for every D step, in an order that follows from seed and epoch.
@@ -943,7 +974,7 @@ class Trainer:
         while self.position + self.config.batch_size * max(1, self.config.d_steps) <= len(order):
             batches, size = [], self.config.batch_size  # read anew: a callback may change it
             for _ in range(max(1, self.config.d_steps)):
-                picked = order[self.position : self.position + size]
+                picked = order[self.position : self.position + size][self.rank :: self.world]
                 real = normalise(self.images[picked]).contiguous(memory_format=torch.channels_last)
                 batches.append((real, self.labels[picked] if self.config.conditional else None))
                 self.position += size
@@ -953,14 +984,16 @@ class Trainer:
         """Take D's steps, each on a batch of its own, then G's steps; a variant changes models or loss, not this."""
         for real, labels in batches:
             fake = self._fake(len(real), labels)  # fakes carry the labels of the real batch
-            loss_D, D_x, D_G_z, D_acc = train_discriminator(self, real, fake, labels)
+            measured = train_discriminator(self, real, fake, labels)
         for turn in range(max(1, self.config.g_steps)):
-            loss_G = train_generator(self, self._fake(len(real), labels) if turn else fake, labels)
+            if turn or not self.config.detach:  # the graph of the first fakes is used up
+                fake = self._fake(len(real), labels)
+            measured |= train_generator(self, fake, labels)
         if self.average is not None:
             self._update_average()
         self.step += 1
-        self._rows.append(torch.stack([loss_D, loss_G, D_x, D_G_z, D_acc]))
-        self._sums["images"] += sum(len(real) for real, _ in batches)
+        self._rows.append(torch.stack([measured[name] for name in METRICS]))
+        self._sums["images"] += self.world * sum(len(real) for real, _ in batches)
         if self.batch % self.config.log_every == 0:
             self._fetch_rows()
 
@@ -968,14 +1001,29 @@ class Trainer:
         """Return n generated images that still know how G made them."""
         with self.autocast():
             z = torch.randn(n, self.config.nz, device=self.device)
-            return self.generator(z, labels).float()
+            return self.players["G"](z, labels).float()
 
-    def update(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> None:
-        """Take one optimiser step; the scaler acts in fp16 only, where it skips a step that overflowed."""
+    def update(self, player: str, loss: Tensor) -> Tensor:
+        """Take one step of player "D" or "G" and return the length of its gradient; a frozen player keeps its weights.
+
+        The scaler acts in fp16 only, where it skips a step that overflowed; such a gradient counts as 0.
+        """
+        network, optimizer, scaler = {
+            "D": (self.discriminator, self.optimizer_D, self.scaler_D),
+            "G": (self.generator, self.optimizer_G, self.scaler_G),
+        }[player]
         optimizer.zero_grad(set_to_none=True)
+        if not (self.config.d_steps if player == "D" else self.config.g_steps):
+            return torch.zeros((), device=self.device)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        length = gradient_length(network)
         scaler.step(optimizer)
+        if player == "D" and not self.config.detach:  # the mistake in full: G follows the gradient that reached it
+            scaler.step(self.optimizer_G)
         scaler.update()
+        optimizer.zero_grad(set_to_none=True)  # so that what lies in G after D's step has leaked there
+        return length.nan_to_num(0, 0, 0) if scaler.is_enabled() else length
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the networks compute in this device's precision."""
@@ -995,7 +1043,7 @@ class Trainer:
             done = self.epoch + self.position / len(self.images)
             share = done / max(self.config.num_epochs, self.last_epoch, 1)
             if self._max_seconds is not None:
-                share = max(share, (time.perf_counter() - self._clock) / self._max_seconds)
+                share = max(share, self._elapsed / self._max_seconds)
             factor = max(0.0, min(1.0, 2 * (1 - share)))
         for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
             for group in optimizer.param_groups:
@@ -1013,7 +1061,7 @@ class Trainer:
         """Bring the measurements since the last look from the device, check them and add them up."""
         if not self._rows:
             return
-        rows = torch.stack(self._rows).double().cpu()
+        rows = self._mean_over_processes(torch.stack(self._rows).double()).cpu()
         self._rows = []
         bad = (~rows.isfinite().all(dim=1)).nonzero()
         means = rows.mean(dim=0).tolist()
@@ -1024,23 +1072,55 @@ class Trainer:
             self._diverged(f"batch {self.batch - len(rows) + int(bad[0]) + 1}")
         for name, value in zip(METRICS, rows.sum(dim=0).tolist(), strict=True):
             self._sums[name] += value
+        self._sums["D_G_z²"] += rows[:, METRICS.index("D_G_z")].square().sum().item()
         self._sums["count"] += len(rows)
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        """Return the mean of a tensor over all processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def _agree(self) -> None:
+        """Let all processes go by the same clock and stop together; alone, a stop takes effect after every batch."""
+        self._elapsed = time.perf_counter() - self._clock
+        if self.world > 1:
+            shared = torch.tensor([self._elapsed, float(self.stop_reason is not None)], device=self.device)
+            dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+            self._elapsed = shared[0].item()
+            if shared[1] and not self.stop_reason:
+                self.stop("another process stopped")
+        if self._max_seconds is not None and self._elapsed >= self._max_seconds and not self.stop_reason:
+            self.stop(f"max_seconds = {self._max_seconds:g} reached")
+
+    @torch.no_grad()
+    def _share_buffers(self) -> None:
+        """Average what BatchNorm has learnt in each process, so that all sample and save the same."""
+        for network in (self.generator, self.discriminator, self.average) if self.world > 1 else ():
+            for buffer in network.buffers() if network is not None else ():
+                if buffer.is_floating_point():
+                    self._mean_over_processes(buffer)
 
     def _diverged(self, where: str) -> None:
         """Raise the error that names the place and the last good checkpoint."""
+        self.history.diverged = f"epoch {self.epoch + 1}, {where}"
         kept = (
             f"the last good checkpoint is {self.last_checkpoint}" if self.last_checkpoint else "no checkpoint was saved"
         )
         raise DivergenceError(
-            f"a loss is not a number in epoch {self.epoch + 1}, {where}: training has stopped, the history is kept, "
+            f"a loss is not a number in {self.history.diverged}: training has stopped, the history is kept, "
             f"{kept}; load it or start anew with a lower lr_G and lr_D"
         )
 
-    def _close_epoch(self) -> None:
+    def _close_epoch(self, step: int, before: dict[str, Tensor]) -> None:
         """Write the epoch's line; one that was cut short keeps its sums and gets a fractional number."""
         sums, size = self._sums, self.config.batch_size * max(1, self.config.d_steps)
         line = {name: sums[name] / max(sums["count"], 1) for name in METRICS}
-        line["diversity"] = self.diversity()
+        line["swing"] = math.sqrt(max(0.0, sums["D_G_z²"] / max(sums["count"], 1) - line["D_G_z"] ** 2))
+        if self.step > step:  # else nobody could move
+            line |= {name: relative_change(before[name], now) for name, now in self._positions().items()}
+        line |= self.sample_readings()
         if not math.isfinite(line["diversity"]):  # the last update broke G before any loss could show it
             self._diverged("its last batch")
         line["seconds"] = sums["seconds"]
@@ -1049,8 +1129,17 @@ class Trainer:
             self.epoch, self.position = self.epoch + 1, 0
             self._sums = dict.fromkeys(sums, 0.0)
         line["epoch"] = self.epoch + self.position / len(self.images)
-        for name, value in line.items():
-            self.history[name].append(value)
+        for name in self.history:
+            self.history[name].append(line.get(name))
+
+    def _positions(self) -> dict[str, Tensor]:
+        """Return where each network stands: its weights, and the means that its BatchNorm layers have learnt."""
+        where = {}
+        for key, network in (("D", self.discriminator), ("G", self.generator)):
+            where[f"move_{key}"] = torch.cat([p.detach().flatten() for p in network.parameters()])
+            means = [value for name, value in network.named_buffers() if name.endswith("running_mean")]
+            where |= {f"move_BN_{key}": torch.cat(means)} if means else {}
+        return where
 
     def _drop_unfinished_line(self) -> None:
         """Remove the line of an epoch that was cut short; it is written anew when the epoch is whole."""
@@ -1114,7 +1203,7 @@ class Trainer:
                 torch.cuda.set_rng_state(self._rng["cuda"], self.device)
             elif cuda:
                 with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(self.config.seed)
+                    torch.cuda.manual_seed(self.config.seed + 1_000_003 * self.rank)
             yield
             self._rng["cpu"] = torch.get_rng_state()
             if cuda:
@@ -1196,19 +1285,21 @@ class Trainer:
         rng = torch.Generator().manual_seed(self.config.seed)
         return torch.randperm(len(self.images), generator=rng)[:n].to(self.device)
 
-    def diversity(self) -> float:
-        """Return `sample_diversity` of the fixed-noise samples; of a conditional recipe its mean within the classes.
+    def sample_readings(self) -> dict[str, float]:
+        """Return `sample_diversity` and `sample_spacing` of the fixed-noise samples.
 
-        Across classes, one image for each digit would already look varied.
+        Of a conditional recipe diversity is the mean within the classes: across them, one image for each digit would
+        already look varied.
         """
         n, classes = DIVERSITY_SAMPLES, self.config.num_classes
         fake, real = self.fixed_samples(n), self.real_samples(n)
-        if not self.config.conditional:
-            return sample_diversity(fake, real)
-        asked, shown = torch.arange(n) % classes, self.labels[self._preview(n)].cpu()
-        groups = [(fake[asked == k], real[shown == k]) for k in range(classes)]
-        values = [sample_diversity(mine, theirs) for mine, theirs in groups if len(mine) > 1 and len(theirs) > 1]
-        return sum(values) / len(values) if values else sample_diversity(fake, real)
+        groups = [(fake, real)]
+        if self.config.conditional:
+            asked, shown = torch.arange(n) % classes, self.labels[self._preview(n)].cpu()
+            pairs = [(fake[asked == k], real[shown == k]) for k in range(classes)]
+            groups = [(mine, theirs) for mine, theirs in pairs if len(mine) > 1 and len(theirs) > 1] or groups
+        diversity = sum(sample_diversity(*pair) for pair in groups) / len(groups)
+        return {"diversity": diversity, "spacing": sample_spacing(fake, real)}
 
 
 def sample_diversity(samples: Tensor, real: Tensor) -> float:
@@ -1219,6 +1310,26 @@ def sample_diversity(samples: Tensor, real: Tensor) -> float:
     """
     spread_fake, spread_real = samples.var(dim=0).sum(), real.var(dim=0).sum()  # E‖x - y‖² = 2 Σ var
     return float((spread_fake / spread_real.clamp(min=1e-12)).sqrt())
+
+
+def sample_spacing(samples: Tensor, real: Tensor) -> float:
+    """Return the median distance from a sample to its nearest other sample, divided by the same for real images.
+
+    samples, real: (n, 1, H, W), the same n, since more points stand closer. Near 0: samples come in copies or lie on
+    a curve, as those of a generator with one latent dimension do, however far the curve reaches.
+    """
+
+    def median_gap(images: Tensor) -> Tensor:
+        """Return the median distance to the nearest neighbour."""
+        flat = images.flatten(1)
+        return torch.cdist(flat, flat).fill_diagonal_(math.inf).min(dim=1).values.median()
+
+    return float(median_gap(samples) / median_gap(real).clamp(min=1e-12))
+
+
+def relative_change(before: Tensor, after: Tensor) -> float:
+    """Return how far a vector has moved, as a share of the longer of the two."""
+    return float((after - before).norm() / torch.maximum(before.norm(), after.norm()).clamp(min=1e-12))
 
 
 def make_optimizer(network: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
@@ -1236,8 +1347,8 @@ def optimizer_settings(config: Config) -> dict[str, Any]:
 
 def pick_device(name: str) -> torch.device:
     """Return the torch device: for "auto" the GPU where there is one; raises ValueError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto":  # torchrun names a process's own GPU by LOCAL_RANK
+        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -1277,6 +1388,15 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def or_warn(what: str) -> Iterator[None]:
+    """Turn a failure to write into a warning: a full disk costs the file, never the training."""
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"{what} was not saved: {error}", stacklevel=3)
+
+
+@contextmanager
 def stop_on_interrupt(gan: Trainer) -> Iterator[None]:
     """Turn the first Ctrl-C into a stop after the batch under way, so that D, G and the record agree.
 
@@ -1298,9 +1418,7 @@ def stop_on_interrupt(gan: Trainer) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-# ======================================================================================================================
-# Health: what the readings mean, by the recipe's README and by theory
-# ======================================================================================================================
+# === Health: what the readings mean, by the recipe's README and by theory =============================================
 ICONS = {"green": "🟢", "yellow": "🟡", "red": "🔴"}
 WORDS = {"green": "healthy", "yellow": "watch", "red": "act"}  # colour is never the only sign
 _ANSI = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
@@ -1308,7 +1426,11 @@ _ANSI = {"green": "\033[32m", "yellow": "\033[33m", "red": "\033[31m"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the health panel; `remedy` is empty when there is nothing to do."""
+    """One line of the health panel; what to do about it is empty when there is nothing to do.
+
+    `remedy` says it in words, `changes` for `dataclasses.replace(config, **finding.changes)`; a fault in the code has
+    no changes. A `quiet` one is shown only when it is not green.
+    """
 
     name: str
     status: str  # green | yellow | red
@@ -1316,6 +1438,8 @@ class Finding:
     band: str
     message: str
     remedy: str = ""
+    changes: dict[str, Any] = field(default_factory=dict, hash=False)
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -1326,6 +1450,16 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     epoch: float
 
+    @property
+    def cause(self) -> Finding | None:
+        """Return the first red finding, the most specific one: what to act on; None if nothing is red."""
+        return next((f for f in self.findings if f.status == "red"), None)
+
+    @property
+    def shown(self) -> list[Finding]:
+        """Return what the panel shows: all but the quiet findings that found nothing."""
+        return [f for f in self.findings if not f.quiet or f.status != "green"]
+
     def __str__(self) -> str:
         return panel_text(self)
 
@@ -1335,55 +1469,74 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Band:
-    """What a recipe's README says of one reading: healthy inside `green`, broken outside `yellow`."""
+    """What a recipe's README says of one reading: healthy inside `green`; readings alone never make it red."""
 
     metric: str
     title: str
     green: tuple[float, float]
-    yellow: tuple[float, float]
     low: str  # what it means below the green band
     high: str  # what it means above it
     high_is_strong: bool  # above the band D is too strong and below it too weak, or the other way round
 
 
-WEAKEN_D = "lower lr_D by half, or noise_D=0.1, or dropout_D=0.3"
-STRENGTHEN_D = "double lr_D, or d_steps=2, or lower lr_G by half"
 DCGAN_BANDS = (
-    Band("D_x", "D(x)", (0.7, 0.9), (0.5, 1.0), "D is too weak to know real digits", "D is too sure of them", True),
-    Band("D_G_z", "D(G(z))", (0.1, 0.6), (0.05, 0.8), "D is too strong: G learns nothing", "D is fooled", False),
+    Band("D_x", "D(x)", (0.7, 0.9), "D is too weak to know real digits", "D is too sure of them", True),
+    Band("D_G_z", "D(G(z))", (0.1, 0.6), "D is too strong: G learns nothing", "D is fooled", False),
 )
 STABLE_BANDS = (
-    Band("D_acc", "D accuracy", (0.4, 0.7), (0.3, 0.8), "G is too strong", "D is too strong", True),
-    Band(
-        "loss_D",
-        "D loss",
-        (1.15, 1.5),
-        (0.7, 2.5),
-        "below 1.35, where it settles: D wins",
-        "above 1.35: D loses",
-        False,
-    ),
-    Band(
-        "loss_G", "G loss", (0.6, 1.4), (0.3, 3.0), "below 0.85, where it settles: D loses", "above 0.85: D wins", True
-    ),
+    Band("D_acc", "D accuracy", (0.4, 0.7), "G is too strong", "D is too strong", True),
+    Band("loss_D", "D loss", (1.15, 1.5), "below 1.35, where it settles: D wins", "above 1.35: D loses", False),
+    Band("loss_G", "G loss", (0.6, 1.4), "below 0.85, where it settles: D loses", "above 0.85: D wins", True),
 )
 
 
-def diagnose(history: History, config: Config | None = None, bands: Sequence[Band] = ()) -> Diagnosis:
-    """Read the newest epoch of a history: the recipe's own bands, then what follows from its labels a and b.
+def diagnose(
+    history: History,
+    config: Config | None = None,
+    bands: Sequence[Band] = (),
+    samples: dict[str, float] | None = None,
+) -> Diagnosis:
+    """Read a history: faults first, the most specific one leading, then the recipe's bands, then what its labels imply.
 
-    Pure: it depends on its arguments alone. config: None takes history.config. Raises ValueError for an empty history.
-    Theory: D* = (a·p_data + b·p_g) / (p_data + p_g) (Goodfellow et al. 2014, Prop. 1, with smoothed labels).
+    Pure: it depends on its arguments alone. config: None takes history.config. samples: readings of samples made now
+    (`GAN.sample_readings`, `GAN.judge_samples`) in the place of those in the newest epoch. Raises ValueError for an
+    empty history. How often it is right: tools/failure_runs.py. Theory: D* = (a·p_data + b·p_g) / (p_data + p_g)
+    (Goodfellow et al. 2014, Prop. 1, with smoothed labels).
     """
-    now, config = history.last(), config or history.config
-    if not now:
+    config, now = config or history.config, history.last() | (samples or {})
+    if not history.last() and history.finite():
         raise ValueError("the history is empty: train before you diagnose")
-    checks = (_check_finite, _check_diversity, _check_separation, _check_sum_rule, _check_equilibrium)
-    findings = [check(now, config) for check in checks[:2]]
-    findings += [_check_band(now, band) for band in bands]
-    findings += [check(now, config) for check in checks[2:]]
+    if not history.finite() or not all(math.isfinite(now.get(name, 0.0)) for name in (*METRICS, "diversity")):
+        findings = [_diverged(history, config)]
+    else:
+        findings = [check(now, history, config) for check in FAULT_CHECKS]
+        findings += [_check_band(now, band, config) for band in bands]
+        findings += [_check_separation(now, config), _check_sum_rule(now, config), _check_equilibrium(now, config)]
     worst = max((f.status for f in findings), key=list(ICONS).index)
-    return Diagnosis(worst, tuple(findings), now["epoch"])
+    return Diagnosis(worst, tuple(findings), now.get("epoch", 0.0))
+
+
+def usual_suspect(config: Config) -> dict[str, Any]:
+    """Return changes for the first setting that is known to break training; empty if none stands out."""
+    rate = max(config.lr_G, config.lr_D)
+    calm = {"lr_G": config.lr_G / 10, "lr_D": config.lr_D / 10} if rate >= 1e-3 else {}
+    tiny_G, tiny_D = config.lr_G < 1e-7, config.lr_D < 1e-7
+    suspects = (
+        (not config.d_steps, {"d_steps": 1}),
+        (not config.g_steps, {"g_steps": 1}),
+        (
+            tiny_G or tiny_D,
+            {f"lr_{key}": max(rate, Config.lr_D) for key, tiny in (("G", tiny_G), ("D", tiny_D)) if tiny},
+        ),
+        (not config.detach, {"detach": True}),
+        (not config.batch_norm_G, {"batch_norm_G": True, "batch_norm_D": True}),
+        (config.nz < 16, {"nz": 100}),
+        (config.noise_D > 0.5, {"noise_D": 0.1}),
+        (config.beta1 > 0.5, {"beta1": 0.5, **calm}),
+        (config.lr_D > 4 * config.lr_G, {"lr_D": config.lr_G}),
+        (config.lr_G > 4 * config.lr_D, {"lr_G": config.lr_D}),
+    )
+    return next((changes for stands_out, changes in suspects if stands_out), {})
 
 
 def grade(value: float, green: tuple[float, float], yellow: tuple[float, float]) -> str:
@@ -1394,66 +1547,221 @@ def grade(value: float, green: tuple[float, float], yellow: tuple[float, float])
     return "red"
 
 
-def _check_band(now: dict[str, float], band: Band) -> Finding:
+def _line(
+    name: str, value: float, status: str, band: str, message: str, changes: dict[str, Any], quiet: bool = True
+) -> Finding:
+    """Return a finding; its remedy is the changes, spelt out, and nothing when it is green."""
+    changes = {} if status == "green" else changes
+    remedy = ", ".join(f"{key}={new:g}" if isinstance(new, float) else f"{key}={new}" for key, new in changes.items())
+    return Finding(name, status, f"{value:.2g}" if quiet else f"{value:.2f}", band, message, remedy, changes, quiet)
+
+
+def _diverged(history: History, config: Config) -> Finding:
+    changes = usual_suspect(config) or {"lr_G": config.lr_G / 2, "lr_D": config.lr_D / 2}
+    message = "training has diverged; load the last checkpoint, or start anew"
+    return _line("losses are numbers", math.nan, "red", "finite", message, changes)
+
+
+def _check_still(now: dict[str, float], history: History, config: Config) -> Finding:
+    moves = {key: now.get(f"move_{key}", 1.0) for key in "DG"}
+    player = min(moves, key=moves.get)
+    status = "red" if moves[player] < 1e-6 else "green"
+    message = f"{player}'s weights did not move in this epoch: only the other player learns"
+    steps, rate = f"{player.lower()}_steps", f"lr_{player}"
+    changes = {} if getattr(config, steps) else {steps: 1}
+    if getattr(config, rate) < 1e-7:
+        changes[rate] = max(config.lr_G, config.lr_D, Config.lr_D)
+    return _line("a player stands still", moves[player], status, "moves > 0", message, changes)
+
+
+def _check_batch_norm(now: dict[str, float], history: History, config: Config) -> Finding:
+    moves = {key: now[f"move_BN_{key}"] for key in "DG" if f"move_BN_{key}" in now}
+    player = min(moves, key=moves.get, default="G")
+    status = "red" if moves and moves[player] == 0 else "green"
+    message = f"{player} trains in eval mode: its BatchNorm has stopped learning; call .train() after sampling"
+    return _line("BatchNorm", moves.get(player, 1.0), status, "its means move", message, {})
+
+
+def _check_labels(now: dict[str, float], history: History, config: Config) -> Finding:
+    wrong = now["D_acc"] < 0.4 and now["loss_D"] < discriminator_loss_bounds(config)[1] - 0.05
+    message = "D's loss is low while its answers are wrong: real and fake are swapped in the loss; real is 1, fake 0"
+    return _line("labels", now["D_acc"], "red" if wrong else "green", "accuracy and loss agree", message, {})
+
+
+def _check_detach(now: dict[str, float], history: History, config: Config) -> Finding:
+    status = "red" if now.get("leak", 0.0) > 0 else "green"
+    message = "D's step leaves a gradient in G, which it should not touch: detach the fakes there"
+    return _line("detach", now.get("leak", 0.0), status, "0", message, {"detach": True} if not config.detach else {})
+
+
+def _check_copies(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("spacing", 1.0)
+    message = "samples stand closer to each other than real digits do: z hardly matters (mode collapse)"
+    changes = usual_suspect(config) or _vary(config)
+    return _line("copies among samples", value, grade(value, (0.5, 9), (0.29, 9)), "≥ 0.5 of real", message, changes)
+
+
+def _check_diversity(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now["diversity"]
+    status = grade(value, (0.7, 1.3), (0.2, 1.6))
+    message = "samples differ from each other as real digits do"
+    if value < 0.7:
+        message = "samples vary less than real digits do: hardly trained yet, or collapsing"
+        if status == "red":
+            message = "samples are nearly all alike, whatever D says: mode collapse, or hardly trained"
+    elif status != "green":
+        message = "samples differ more than real digits do: still noise"
+    changes = usual_suspect(config) or _vary(config)
+    return _line("sample diversity", value, status, "0.7 – 1.3 of real", message, changes, quiet=False)
+
+
+def _vary(config: Config) -> dict[str, Any]:
+    """Return what brings variety back where no setting stands out."""
+    return _noisier(config) if config.start_at_background else {"start_at_background": True}
+
+
+def _noisier(config: Config) -> dict[str, Any]:
+    """Return noise on D's input, or twice what is there (Arjovsky & Bottou 2017, §3)."""
+    return {"noise_D": 2 * config.noise_D if 0 < config.noise_D <= 0.25 else 0.1}
+
+
+def _check_classes(now: dict[str, float], history: History, config: Config) -> Finding:
+    gap = now.get("class_gap", 0.0)
+    readable = now.get("precision", 0.0) > 0.75 and now.get("confidence", 0.0) > 0.97
+    status = "green" if gap < 0.3 else "red" if gap > 0.5 and readable else "yellow"
+    message = "readable digits, but classes are missing (mode collapse)"
+    if not readable:
+        message = "most samples are read as a few digits: not digits yet, or classes are missing"
+    return _line("classes", gap, status, "< 0.3 of another class", message, usual_suspect(config) or _vary(config))
+
+
+def _check_memorisation(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("near_copies", 0.0)
+    message = "so many samples lie closer to a training image than 99 % of new real digits do: G copies"
+    changes = {"ngf": max(1, config.ngf // 2), "dropout_D": 0.3}
+    return _line("memorisation", value, grade(value, (0, 0.05), (0, 0.2)), "about 0.01", message, changes)
+
+
+def _check_one_answer(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("D_std", 1.0)
+    message = "D gives every image the same answer: it has collapsed, or nothing is left to tell apart"
+    return _line(
+        "D's answers", value, grade(value, (0.03, 1), (0.01, 1)), "spread ≥ 0.03", message, _strengthen_D(config)
+    )
+
+
+def _check_too_strong(now: dict[str, float], history: History, config: Config) -> Finding:
+    a, b = config.real_label_smooth, config.fake_label_smooth
+    separation, above = (now["D_x"] - now["D_G_z"]) / (a - b), (now["D_G_z"] - b) / (a - b)
+    explodes = now["loss_G"] > 3 * generator_loss_at_equilibrium(config)
+    wins = separation > 0.88 or (explodes and (above < 0.1 or now["D_acc"] > 0.93))
+    status = "red" if wins else "yellow" if explodes else "green"
+    message = f"D(G(z)) is at its floor {b:g} and G's loss is {now['loss_G']:.1f}: G learns nothing from so sure a D"
+    if status == "yellow":
+        message = f"G's loss {now['loss_G']:.1f} is over three times its equilibrium: D leads"
+    return _line("D too strong", separation, status, "separation ≤ 0.88", message, _weaken_D(config))
+
+
+def _check_too_weak(now: dict[str, float], history: History, config: Config) -> Finding:
+    gap = (now["D_x"] - now["D_G_z"]) / (config.real_label_smooth - config.fake_label_smooth)
+    status = "red" if gap < -0.15 or now["D_acc"] < 0.3 else grade(gap, (-0.05, 9), (-0.15, 9))
+    message = "D holds fakes for more real than real digits: what it tells G is noise"
+    return _line("D too weak", gap, status, "separation ≥ -0.05", message, _strengthen_D(config))
+
+
+def _weaken_D(config: Config) -> dict[str, Any]:
+    """Return what holds D back."""
+    return usual_suspect(config) or (_noisier(config) if config.lr_D <= config.lr_G / 2 else {"lr_D": config.lr_D / 2})
+
+
+def _strengthen_D(config: Config) -> dict[str, Any]:
+    """Return what helps D."""
+    return usual_suspect(config) or ({"lr_D": config.lr_G} if config.lr_D < config.lr_G else {"lr_G": config.lr_G / 2})
+
+
+def _check_gradient(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("grad_G", 1.0)
+    message = "hardly any gradient reaches G: it has saturated, or D is flat"
+    changes = usual_suspect(config) or {"lr_G": config.lr_G / 2, **_noisier(config)}
+    return _line("G's gradient", value, grade(value, (0.05, math.inf), (0.005, math.inf)), "≥ 0.05", message, changes)
+
+
+def _check_oscillation(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("swing", 0.0)
+    message = "D(G(z)) swings widely from batch to batch: the two chase each other"
+    changes = usual_suspect(config) or {"lr_G": config.lr_G / 2, "lr_D": config.lr_D / 2}
+    return _line("oscillation", value, grade(value, (0, 0.2), (0, 0.25)), "≤ 0.2", message, changes)
+
+
+def _check_stagnation(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = epochs_without_gain(history)
+    message = f"the Fréchet distance has not fallen for {value} epochs: stop, or let the learning rates fade"
+    changes = {"lr_schedule": "linear_tail"} if config.lr_schedule == "constant" else {}
+    return _line("stagnation", value, "yellow" if value >= 5 else "green", "< 5 epochs", message, changes)
+
+
+def _check_undertrained(now: dict[str, float], history: History, config: Config) -> Finding:
+    value = now.get("precision", 1.0)
+    message = "hardly any sample looks like a digit to the judge: train on"
+    return _line("undertrained", value, "yellow" if value < 0.3 else "green", "precision ≥ 0.3", message, {})
+
+
+FAULT_CHECKS = (  # the most specific first: the first red one is named as the cause
+    _check_still, _check_batch_norm, _check_labels, _check_detach, _check_copies, _check_diversity, _check_classes,
+    _check_memorisation, _check_one_answer, _check_too_strong, _check_too_weak, _check_gradient, _check_oscillation,
+    _check_stagnation, _check_undertrained,
+)  # fmt: skip
+
+
+def epochs_without_gain(history: History, least: float = 0.02) -> int:
+    """Return how many epochs ago the Fréchet distance last fell below its best by the share `least`; a stop rule.
+
+    Smaller gains than 2 % lie within what the distance of the same 1,000 latent vectors wobbles by.
+    """
+    best, since = math.inf, 0
+    for value in history.get("fid", []):
+        if value is not None:
+            best, since = (value, 0) if value < best * (1 - least) else (best, since + 1)
+    return since
+
+
+def _check_band(now: dict[str, float], band: Band, config: Config) -> Finding:
     value = now[band.metric]
-    status = grade(value, band.green, band.yellow)
+    status = grade(value, band.green, (-math.inf, math.inf))
     above = value > band.green[1]
     meaning = "inside the README's band" if status == "green" else band.high if above else band.low
-    remedy = "" if status == "green" else WEAKEN_D if above == band.high_is_strong else STRENGTHEN_D
-    return Finding(
-        f"{band.title} (README)", status, f"{value:.2f}", f"{band.green[0]:g} – {band.green[1]:g}", meaning, remedy
-    )
-
-
-def _check_finite(now: dict[str, float], config: Config) -> Finding:
-    value = f"D {now['loss_D']:.3f}, G {now['loss_G']:.3f}"
-    if all(math.isfinite(now[name]) for name in METRICS):
-        return Finding("losses", "green", value, "finite", "both are numbers; their size alone says little")
-    return Finding(
-        "losses", "red", value, "finite", "training has diverged", "load the last checkpoint and halve lr_G and lr_D"
-    )
-
-
-def _check_diversity(now: dict[str, float], config: Config) -> Finding:
-    value = now["diversity"]
-    status = grade(value, (0.7, 1.3), (0.4, 1.6))
-    if value < 0.7:
-        meaning = "samples vary less than real digits do"
-        if status == "red":
-            meaning = "samples are nearly all alike, whatever D says: collapse, or hardly trained"
-        remedy = (
-            "wait; if it falls: noise_D=0.1 or dropout_G=0.3"
-            if config.start_at_background
-            else "start_at_background=True"
-        )
-    elif status == "green":
-        meaning, remedy = "samples differ from each other as real digits do", ""
-    else:
-        meaning, remedy = "samples differ more than real digits do: still noise", "wait; if it stays, halve lr_G"
-    return Finding("sample diversity", status, f"{value:.2f}", "0.7 – 1.3 of real", meaning, remedy)
+    changes = _weaken_D(config) if above == band.high_is_strong else _strengthen_D(config)
+    reach = f"{band.green[0]:g} – {band.green[1]:g}"
+    return _line(f"{band.title} (README)", value, status, reach, meaning, changes, quiet=False)
 
 
 def _check_separation(now: dict[str, float], config: Config) -> Finding:
     a, b = config.real_label_smooth, config.fake_label_smooth
     value = (now["D_x"] - now["D_G_z"]) / (a - b)
-    status = grade(value, (-0.05, 0.85), (-0.2, 0.98))
+    status = grade(value, (-0.05, 0.85), (-9, 9))
+    meaning = "0: D cannot tell real from fake; 1: D tells all apart"
     if value > 0.85:
         meaning = f"D tells nearly all apart (D(x) → {a:g}, D(G(z)) → {b:g}): look at the samples, not at D"
-        remedy = f"if it stays: {WEAKEN_D}"
-    elif status == "green":
-        meaning, remedy = "0: D cannot tell real from fake; 1: D tells all apart", ""
-    else:
-        meaning, remedy = "D holds fakes for more real than real digits", "check the labels; raise lr_D"
-    return Finding("separation (theory)", status, f"{value:.2f}", "0 – 0.85", meaning, remedy)
+    if value < -0.05:
+        meaning = "D holds fakes for more real than real digits"
+    changes = _weaken_D(config) if value > 0 else _strengthen_D(config)
+    return _line("separation (theory)", value, status, "0 – 0.85", meaning, changes, quiet=False)
 
 
 def _check_sum_rule(now: dict[str, float], config: Config) -> Finding:
     target = config.real_label_smooth + config.fake_label_smooth
     value = now["D_x"] + now["D_G_z"]
-    status = grade(abs(value - target), (0, 0.1), (0, 0.3))
-    meaning = "D is in step with its labels" if status == "green" else "D lags behind G or leans to one answer"
-    remedy = "" if status == "green" else "wait an epoch; if it stays, d_steps=2 or a lower lr_G"
-    return Finding("D(x) + D(G(z)) (theory)", status, f"{value:.2f}", f"a + b = {target:g} ± 0.1", meaning, remedy)
+    status = grade(abs(value - target), (0, 0.1), (0, 9))
+    meaning = "D is in step with its labels" if status == "green" else "D's bias is not stationary: it lags behind G"
+    return _line(
+        "D(x) + D(G(z)) (theory)",
+        value,
+        status,
+        f"a + b = {target:g} ± 0.1",
+        meaning,
+        _strengthen_D(config),
+        quiet=False,
+    )
 
 
 def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
@@ -1462,8 +1770,15 @@ def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
     status = "green" if now["loss_D"] <= edge else "yellow"
     meaning = f"{floor:.2f}: D separates perfectly; {balance:.2f}: equilibrium, both of D's answers {m:g}, "
     meaning += f"G loss {generator_loss_at_equilibrium(config):.2f}"
-    remedy = "" if status == "green" else STRENGTHEN_D
-    return Finding("D loss (theory)", status, f"{now['loss_D']:.2f}", f"{floor:.2f} – {edge:.2f}", meaning, remedy)
+    return _line(
+        "D loss (theory)",
+        now["loss_D"],
+        status,
+        f"{floor:.2f} – {edge:.2f}",
+        meaning,
+        _strengthen_D(config),
+        quiet=False,
+    )
 
 
 def generator_loss_at_equilibrium(config: Config) -> float:
@@ -1487,7 +1802,7 @@ def panel_text(diagnosis: Diagnosis, colour: bool | None = None) -> str:
     """Return the panel as lines of text; colour: ANSI colours, None uses them where the output is a terminal."""
     colour = sys.stdout.isatty() if colour is None else colour
     lines = [f"{ICONS[diagnosis.status]} health after epoch {diagnosis.epoch:.4g}: {WORDS[diagnosis.status]}"]
-    for f in diagnosis.findings:
+    for f in diagnosis.shown:
         line = f"  {ICONS[f.status]} {WORDS[f.status]:8} {f.name:24} {f.value:16} [{f.band}] {f.message}" + (
             f" → {f.remedy}" if f.remedy else ""
         )
@@ -1500,15 +1815,360 @@ def panel_html(diagnosis: Diagnosis) -> str:
     head = f"{ICONS[diagnosis.status]} <b>Health after epoch {diagnosis.epoch:.4g}: {WORDS[diagnosis.status]}</b>"
     cells = ("", "reading", "value", "healthy", "meaning", "remedy")
     rows = ["<tr>" + "".join(f"<th style='text-align:left'>{c}</th>" for c in cells) + "</tr>"]
-    for f in diagnosis.findings:
+    for f in diagnosis.shown:
         texts = (f"{ICONS[f.status]} {WORDS[f.status]}", f.name, f.value, f.band, f.message, f.remedy)
         rows.append("<tr>" + "".join(f"<td style='text-align:left'>{html.escape(t)}</td>" for t in texts) + "</tr>")
     return f"{head}<table>{''.join(rows)}</table>"
 
 
-# ======================================================================================================================
-# Evaluation: what the latent space holds and whether digits were copied
-# ======================================================================================================================
+# === Evaluation: a judge of digits, distances to real ones, and their floor ===========================================
+class Judge(nn.Module):
+    """Read digits: images (N, 1, 28, 28) in [-1, 1] become logits (N, 10); `features` are what distances use (N, 64).
+
+    The measure of all scores here, as Inception is elsewhere: it has seen MNIST's 60,000 training digits
+    (tools/train_judge.py) and never a generated one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *_judge_block(1, 32, kernel_size=5, stride=2),  # (N, 32, 14, 14)
+            *_judge_block(32, 64, kernel_size=3, stride=1),
+            nn.MaxPool2d(2),  # (N, 64, 7, 7)
+            *_judge_block(64, 64, kernel_size=3, stride=1),
+            nn.MaxPool2d(2),  # (N, 64, 3, 3)
+            nn.Flatten(),
+            nn.Linear(64 * 3 * 3, JUDGE_FEATURES, bias=False),
+            nn.BatchNorm1d(JUDGE_FEATURES),
+            nn.ReLU(inplace=True),
+        )
+        self.head = nn.Linear(JUDGE_FEATURES, 10)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return what lies under the last layer (N, 64) for images (N, 1, 28, 28)."""
+        return self.layers(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return one logit for each digit (N, 10)."""
+        return self.head(self.features(images))
+
+
+def _judge_block(narrow: int, wide: int, kernel_size: int, stride: int) -> list[nn.Module]:
+    conv = nn.Conv2d(narrow, wide, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+    return [conv, nn.BatchNorm2d(wide), nn.ReLU(inplace=True)]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the judge says of a set of images: features (N, 64) and the probability of each digit (N, 10)."""
+
+    features: Tensor
+    probabilities: Tensor
+
+    @property
+    def digits(self) -> Tensor:
+        """Return the digit that each image is read as (N,)."""
+        return self.probabilities.argmax(dim=1)
+
+    @property
+    def shares(self) -> Tensor:
+        """Return how often each digit is read (10,); they sum to 1."""
+        return torch.bincount(self.digits, minlength=10) / len(self.digits)
+
+
+@functools.cache
+def load_judge() -> tuple[Judge, float]:
+    """Return the judge and its accuracy on the test digits; raises FileNotFoundError, and ValueError for a wrong hash.
+
+    Its weights lie in data/judge.safetensors or, on Kaggle, beside this file.
+    """
+    places = [EMBEDDED_MNIST.parent / "judge.safetensors", Path(__file__).resolve().parent / "judge.safetensors"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"the judge's weights are not there: looked for {places[0]} and {places[1]}")
+    raw = path.read_bytes()
+    if (found := hashlib.sha256(raw).hexdigest()) != JUDGE_SHA256:
+        raise ValueError(
+            f"{path} is not the judge that scores are made with (SHA-256 {found[:12]}…, not {JUDGE_SHA256[:12]}…); "
+            "restore it from the repository"
+        )
+    judge = Judge()
+    judge.load_state_dict({name: value.float() for name, value in load_tensors(raw).items()}, strict=False)
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])  # safetensors: length, JSON header, tensors
+    return judge.eval().to(memory_format=torch.channels_last), float(header["__metadata__"]["accuracy"])
+
+
+def read_digits(images: Tensor, size: int | None = None) -> Reading:
+    """Return the judge's reading of uint8 images (N, H, W), or of samples float (N, 1, H, W) in [-1, 1].
+
+    Samples are rounded to 256 greys, as a saved picture is. size: the side that the images are first brought to, so
+    that real digits make the same round trip as the generator's. Raises ValueError for samples that are no images.
+    """
+    if images.is_floating_point():
+        check_samples(images)
+        images = to_greys(images)
+    images = resize_images(resize_images(images, size or images.shape[1]), 28)
+    judge, _ = load_judge()
+    with torch.no_grad():
+        features = torch.cat([judge.features(normalise(part)) for part in images.cpu().split(500)])
+        return Reading(features, judge.head(features).softmax(dim=1))
+
+
+def to_greys(samples: Tensor) -> Tensor:
+    """Return samples float (n, 1, H, W) in [-1, 1] as uint8 images (n, H, W): what `normalise` undoes."""
+    return samples[:, 0].add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def check_samples(samples: Tensor, needed: int = 1) -> None:
+    """Raise ValueError unless samples are at least `needed` finite images (n, 1, H, H) in [-1, 1]."""
+    if samples.ndim != 4 or samples.shape[1] != 1 or samples.shape[2] != samples.shape[3]:
+        raise ValueError(f"samples have shape {tuple(samples.shape)}; needed is (n, 1, H, H)")
+    if len(samples) < needed:
+        raise ValueError(f"there are {len(samples)} samples; these scores need at least {needed}")
+    if not samples.isfinite().all():
+        raise ValueError("samples hold NaN or infinite values: training has diverged; load an older checkpoint")
+    low, high = samples.min().item(), samples.max().item()
+    if low < -1.01 or high > 1.01:
+        raise ValueError(f"samples reach from {low:.3g} to {high:.3g}; images are in [-1, 1] (uint8 / 127.5 - 1)")
+
+
+class Reference:
+    """Hold what real images score, so that generated ones can stand beside it: the real-vs-real floor.
+
+    train, test: uint8 images (N, H, W); size: the generator's side; seen: what it was trained on, if not `train`. All
+    distances are measured to `test`. Takes seconds: make it once and keep it. Raises ValueError for too few images.
+    """
+
+    def __init__(self, train: Tensor, test: Tensor, size: int, seen: Tensor | None = None) -> None:
+        if min(len(train), len(test)) < MIN_SAMPLES:
+            raise ValueError(f"{len(train)} and {len(test)} real images; scores need at least {MIN_SAMPLES} of each")
+        self.test, self.train = read_digits(test, size), read_digits(train, size)
+        self.seen = self.train.features if seen is None else read_digits(seen, size).features
+        copies = nearest_distance(self.test.features, self.train.features)
+        self._copy_distance = copies[::2].quantile(0.01).item()  # nearer than 99 % of one half of the test digits
+        self._copies = (copies[1::2] <= self._copy_distance).float().mean().item()  # of the other half
+        self.floor = functools.cache(self._floor)
+
+    def _floor(self, n: int) -> dict[str, float]:
+        """Return the scores of n training images; near-copies: of the test images."""
+        pick = torch.randperm(len(self.train.features), generator=torch.Generator().manual_seed(0))[:n]
+        peers = Reading(self.train.features[pick], self.train.probabilities[pick])
+        return score_reading(peers, self.test) | {"near_copies": self._copies}
+
+    def near_copies(self, features: Tensor) -> float:
+        """Return the share of samples nearer to a training image than 99 % of new real digits are.
+
+        It finds copies up to a little noise; a copy that is shifted or blurred looks new to it.
+        """
+        return (nearest_distance(features, self.seen) <= self._copy_distance).float().mean().item()
+
+
+class Scores(dict):
+    """Hold the scores of a set of samples beside those of real digits (`…_floor`); prints itself as a table."""
+
+    def __str__(self) -> str:
+        head = f"{self['n']:,} samples; judge {self['judge_accuracy']:.2%} right on real digits, SHA-256 "
+        lines = [head + f"{self['judge_sha256'][:12]}", f"{'':28}{'samples':>10}{'real digits':>13}"]
+        for name, (title, form) in SCORES.items():
+            if self.get(name) is not None:
+                floor = format(self[f"{name}_floor"], form) if f"{name}_floor" in self else ""
+                lines.append(f"{title:28}{format(self[name], form):>10}{floor:>13}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+SCORES = {  # what it is called, how it is printed
+    "fid": ("Fréchet distance ↓", ".2f"),
+    "kid": ("kernel distance (KID) ↓", ".4f"),
+    "kid_se": ("  its standard error", ".4f"),
+    "precision": ("precision ↑", ".3f"),
+    "recall": ("recall ↑", ".3f"),
+    "density": ("density ↑", ".3f"),
+    "coverage": ("coverage ↑", ".3f"),
+    "confidence": ("judge's confidence ↑", ".3f"),
+    "class_entropy": ("class entropy (≤ 2.303) ↑", ".3f"),
+    "near_copies": ("near-copies of training", ".3f"),
+    "digit_accuracy": ("read as the digit asked for", ".3f"),
+    "inception_fid": ("Inception FID ↓", ".2f"),
+}
+
+
+def score_samples(samples: Tensor, reference: Reference, digits: Tensor | None = None) -> Scores:
+    """Return all scores of samples (n, 1, H, H) in [-1, 1] beside the reference's; raises ValueError.
+
+    digits: what a class-conditional generator was asked for (n,). Fréchet distance: Heusel et al. 2017; kernel
+    distance: Bińkowski et al. 2018; the others: `manifold_metrics`.
+    """
+    check_samples(samples, needed=MIN_SAMPLES)
+    reading = read_digits(samples)
+    scores = Scores(n=len(samples), judge_accuracy=load_judge()[1], judge_sha256=JUDGE_SHA256)
+    scores |= score_reading(reading, reference.test)
+    scores["near_copies"] = reference.near_copies(reading.features)
+    if digits is not None:
+        scores["digit_accuracy"] = (reading.digits == digits.cpu()).float().mean().item()
+    scores["class_histogram"] = reading.shares.tolist()
+    floor = reference.floor(min(len(samples), len(reference.train.features)))
+    return Scores(scores | {f"{name}_floor": value for name, value in floor.items()})
+
+
+def score_reading(fake: Reading, real: Reading) -> dict[str, float]:
+    """Return distances, manifold metrics, confidence and class entropy (nats) of one reading against another."""
+    kid, kid_se = kernel_distance(fake.features, real.features)
+    return {
+        "fid": frechet_distance(fake.features, real.features),
+        "kid": kid,
+        "kid_se": kid_se,
+        **manifold_metrics(fake.features, real.features),
+        "confidence": fake.probabilities.max(dim=1).values.mean().item(),
+        "class_entropy": torch.special.entr(fake.shares).sum().item(),
+    }
+
+
+class _Features(nn.Module):
+    """Let torchmetrics take features (N, d) where it expects a network that makes them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the features."""
+        return features
+
+
+def frechet_distance(fake: Tensor, real: Tensor) -> float:
+    """Return the Fréchet distance between Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017)."""
+    from torchmetrics.image.fid import FrechetInceptionDistance  # takes a second to import
+
+    return _torchmetric(FrechetInceptionDistance(feature=_Features(fake.shape[1])), fake, real).item()
+
+
+def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
+    """Return KID, the squared kernel mean discrepancy (Bińkowski et al. 2018), and its standard error.
+
+    Ten subsets, each a tenth of the smaller set, so that they hardly overlap and their scatter tells the error.
+    """
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    size = min(len(fake), len(real)) // 10
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it draws its subsets by torch's own numbers
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps all features: they are few here
+        metric = KernelInceptionDistance(feature=_Features(fake.shape[1]), subsets=10, subset_size=size)
+        torch.default_generator.manual_seed(0)
+        mean, std = _torchmetric(metric, fake, real)
+    return mean.item(), std.item() / 3  # √(10 - 1): torchmetrics divides by 10 for its std
+
+
+def _torchmetric(metric: Any, fake: Tensor, real: Tensor) -> Any:
+    metric.update(real, real=True)
+    metric.update(fake, real=False)
+    return metric.compute()
+
+
+def manifold_metrics(fake: Tensor, real: Tensor, k: int = 5) -> dict[str, float]:
+    """Return precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020, §3).
+
+    fake (n, d), real (m, d): features. Each point's ball reaches to its k-th nearest neighbour of the same kind.
+    Precision: share of fakes inside a real ball; recall: share of reals inside a fake ball; density: how many real
+    balls hold a fake, divided by k; coverage: share of real balls that hold a fake. Raises ValueError for n or m ≤ k.
+    """
+    if min(len(fake), len(real)) <= k:
+        raise ValueError(
+            f"{len(fake)} and {len(real)} points; balls to the {k}-th neighbour need more than {k} of each"
+        )
+    radius_real, radius_fake = _ball_radius(real, k), _ball_radius(fake, k)
+    inside, caught, covered = [], [], torch.zeros(len(real), dtype=torch.bool)
+    recalled = torch.zeros(len(real), dtype=torch.bool)
+    for part, radius in zip(fake.split(2000), radius_fake.split(2000), strict=True):
+        distance = squared_distances(part, real)
+        in_real = distance < radius_real
+        inside.append(in_real.any(dim=1))
+        caught.append(in_real.sum(dim=1))
+        covered |= in_real.any(dim=0)
+        recalled |= (distance < radius[:, None]).any(dim=0)
+    return {
+        "precision": torch.cat(inside).float().mean().item(),
+        "recall": recalled.float().mean().item(),
+        "density": torch.cat(caught).float().mean().item() / k,
+        "coverage": covered.float().mean().item(),
+    }
+
+
+def _ball_radius(points: Tensor, k: int) -> Tensor:
+    """Return each point's squared distance to its k-th nearest other point (n,)."""
+    parts = [squared_distances(part, points).topk(k + 1, largest=False).values[:, k] for part in points.split(2000)]
+    return torch.cat(parts)
+
+
+def nearest_distance(points: Tensor, others: Tensor) -> Tensor:
+    """Return each point's distance (n,) to the nearest of the others, points (n, d), others (m, d)."""
+    nearest = [squared_distances(part, others).min(dim=1).values for part in points.split(1000)]
+    return torch.cat(nearest).clamp(min=0).sqrt()
+
+
+def squared_distances(points: Tensor, others: Tensor) -> Tensor:
+    """Return all squared distances (n, m) as one matrix product: a third of cdist's time, and exact to about 1e-4."""
+    length = others.square().sum(dim=1)
+    return torch.addmm(length, points, others.T, alpha=-2).add_(points.square().sum(dim=1, keepdim=True))
+
+
+def inception_distance(samples: Tensor, real: Tensor) -> float | None:
+    """Return the usual FID, on Inception's features, of samples (n, 1, H, H) in [-1, 1] against uint8 images (m, H, W).
+
+    Needs torch-fidelity and its weights, downloaded on first use; says so and returns None where they cannot be had.
+    """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    try:
+        metric = FrechetInceptionDistance(feature=2048)
+    except (ModuleNotFoundError, OSError) as error:  # no package; no network
+        reason = str(error).splitlines()[0]
+        print(f"no Inception FID: {reason} (pip install torch-fidelity, and internet for its weights)")
+        return None
+    for images, is_real in ((to_greys(samples), False), (resize_images(real, samples.shape[2]), True)):
+        for part in images.split(100):
+            metric.update(part[:, None].expand(-1, 3, -1, -1), real=is_real)
+    return metric.compute().item()
+
+
+class JudgeSamples(Callback):
+    """Read the same n fixed-noise samples after every epoch; keep the best generator; stop when epochs no longer pay.
+
+    Writes what `GAN.judge_samples` returns into the history; for distances real digits are read first (seconds). best:
+    a folder for the checkpoint of the lowest Fréchet distance so far. patience: stop after so many epochs without a
+    better one (`epochs_without_gain`). Distances of few samples are larger than those of `evaluate`: compare them only
+    with each other.
+    """
+
+    def __init__(
+        self, n: int = 1000, distances: bool = True, best: str | Path | None = None, patience: int | None = None
+    ) -> None:
+        least = MIN_SAMPLES if distances else 1
+        if n < least or (patience is not None and patience < 1):
+            raise ValueError(f"n = {n}, patience = {patience}; n must be at least {least}, patience at least 1")
+        if not distances and (best is not None or patience is not None):
+            raise ValueError("best and patience go by the Fréchet distance; they need distances=True")
+        self.n, self.distances, self.best, self.patience = n, distances, best, patience
+
+    def on_train_begin(self, gan: GAN) -> None:
+        """Fail before the first batch for a wrong judge; warn where there is none."""
+        with or_warn("the judge's reading"):
+            load_judge()
+
+    def on_epoch_end(self, gan: GAN) -> None:
+        """Read them, also after an epoch that was cut short."""
+        with or_warn("the judge's reading"):
+            for name, value in gan.judge_samples(self.n, self.distances).items():
+                gan.history.record(name, value)
+        known = [value for value in gan.history.get("fid", []) if value is not None]
+        if self.best is not None and known and gan.history.last().get("fid") == min(known):
+            with or_warn("the best generator so far"):
+                gan.save(self.best)
+        if self.patience is not None and epochs_without_gain(gan.history) >= self.patience:
+            gan.stop(f"the Fréchet distance has not fallen for {self.patience} epochs")
+
+
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
     """Return `steps` latent vectors (steps, nz) on the arc from start to end (nz,) (White 2016).
 
@@ -1538,9 +2198,7 @@ def nearest_neighbours(samples: Tensor, images: Tensor) -> tuple[Tensor, Tensor]
     return index, (flat - normalise(images[index]).flatten(1).to(flat)).square().mean(dim=1).sqrt()
 
 
-# ======================================================================================================================
-# Pictures: figures are returned, never shown; the caller decides
-# ======================================================================================================================
+# === Pictures: figures are returned, never shown; the caller decides ==================================================
 COLOURS = {"D": "#0072B2", "G": "#D55E00", "theory": "#555555", "third": "#009E73"}  # safe for colour-blind readers
 
 
@@ -1564,31 +2222,43 @@ def plot_real_vs_fake(real: Tensor, fake: Tensor, title: str = "") -> Figure:
 
 
 def plot_history(history: History) -> Figure:
-    """Draw losses, D's answers and accuracy, and the sample diversity over the epochs, with their theory lines."""
-    config, x = history.config, history["epoch"]
+    """Draw losses, D's answers, sample diversity and, where a judge scored, the Fréchet distance over the epochs.
+
+    Dashed and dotted lines: what theory says for this history's labels.
+    """
+    config, scored = history.config, any(value is not None for value in history.get("fid", []))
     floor, balance = discriminator_loss_bounds(config)
     m = (config.real_label_smooth + config.fake_label_smooth) / 2
-    fig, axes = _subplots(1, 3, figsize=(12, 3.4))
-    for name, label, colour in (("loss_D", "D", "D"), ("loss_G", "G", "G")):
-        axes[0].plot(history.batches["epoch"], history.batches[name], color=COLOURS[colour], alpha=0.35, lw=1)
-        axes[0].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
+    fig, axes = _subplots(1, 3 + scored, figsize=(12 + 3 * scored, 3.4))
+    _plot_readings(axes[0], history, {"loss_D": ("D", "D"), "loss_G": ("G", "G")})
     axes[0].axhline(balance, color=COLOURS["theory"], ls="--", lw=1, label=f"D at equilibrium {balance:.2f}")
     axes[0].axhline(floor, color=COLOURS["theory"], ls=":", lw=1, label=f"D separates perfectly {floor:.2f}")
     g_balance = generator_loss_at_equilibrium(config)
     axes[0].axhline(g_balance, color=COLOURS["G"], ls="--", lw=1, label=f"G at equilibrium {g_balance:.2f}")
     axes[0].set_title("losses")
-    for name, label, colour in (("D_x", "D(x)", "D"), ("D_G_z", "D(G(z))", "G"), ("D_acc", "D accuracy", "third")):
-        axes[1].plot(history.batches["epoch"], history.batches[name], color=COLOURS[colour], alpha=0.35, lw=1)
-        axes[1].plot(x, history[name], "o-", color=COLOURS[colour], label=label, ms=3)
+    answers = {"D_x": ("D(x)", "D"), "D_G_z": ("D(G(z))", "G"), "D_acc": ("D accuracy", "third")}
+    _plot_readings(axes[1], history, answers)
     axes[1].axhline(m, color=COLOURS["theory"], ls="--", lw=1, label=f"equilibrium {m:g}")
     axes[1].set(title="what D answers", ylim=(0, 1))
-    axes[2].plot(x, history["diversity"], "o-", color=COLOURS["third"], label="samples", ms=3)
+    _plot_readings(axes[2], history, {"diversity": ("samples", "third")})
     axes[2].axhline(1, color=COLOURS["theory"], ls="--", lw=1, label="real digits")
-    axes[2].set(title="sample diversity", ylim=(0, max(1.3, *history["diversity"]) if x else 1.3))
+    axes[2].set(title="sample diversity", ylim=(0, max(1.3, *history["diversity"]) if history["epoch"] else 1.3))
+    if scored:
+        _plot_readings(axes[3], history, {"fid": ("samples", "third")})
+        axes[3].set(title="Fréchet distance (lower is better)", yscale="log")
     for ax in axes:
         ax.set_xlabel("epoch")
         ax.legend(fontsize=7)
     return fig
+
+
+def _plot_readings(ax: plt.Axes, history: History, readings: dict[str, tuple[str, str]]) -> None:
+    """Draw readings, each with its label and colour: dots for epochs, a pale line for batches where they are kept."""
+    for name, (label, colour) in readings.items():
+        values = np.array(history[name], dtype=float)  # None becomes NaN, which is not drawn
+        ax.plot(history["epoch"], values, "o-", color=COLOURS[colour], label=label, ms=3)
+        if name in history.batches:
+            ax.plot(history.batches["epoch"], history.batches[name], color=COLOURS[colour], alpha=0.35, lw=1)
 
 
 def make_animation(
@@ -1720,15 +2390,6 @@ class SaveGrids(Callback):
                 gan.generate_images(gan.epoch)
 
 
-@contextmanager
-def or_warn(what: str) -> Iterator[None]:
-    """Turn a failure to write into a warning: a full disk costs the file, never the training."""
-    try:
-        yield
-    except OSError as error:
-        warnings.warn(f"{what} was not saved: {error}", stacklevel=3)
-
-
 def save_picture(figure: Figure, path: str | Path) -> Path:
     """Save a figure as PNG and return its path; raises OSError that says what to do."""
     path = prepare_file(path)
@@ -1771,9 +2432,7 @@ def balance_line(accuracy: float) -> str:
     return "✅ Training balanced!" if 0.4 <= accuracy <= 0.7 else "🟡 Slightly out of balance"
 
 
-# ======================================================================================================================
-# Saving: safetensors for tensors, JSON for the rest; loading never runs code from a file
-# ======================================================================================================================
+# === Saving: safetensors for tensors, JSON for the rest; loading never runs code from a file ==========================
 class CheckpointError(ValueError):
     """Say why a checkpoint cannot be loaded and what to do."""
 
@@ -1874,8 +2533,10 @@ def restore(gan: Trainer, record: dict[str, Any], tensors: dict[str, Tensor]) ->
         progress = record["progress"]
         gan.epoch, gan.step, gan.position = (progress[name] for name in ("epoch", "step", "position"))
         gan._length = progress["length"]
-        gan._sums = dict(record["sums"])
+        gan._sums |= record["sums"]  # an older record lacks some readings
         gan._rng = _part(tensors, "rng")
+        if gan.rank:  # only the first process's random numbers were saved
+            gan._rng = {"cpu": torch.Generator().manual_seed(gan.step + 1_000_003 * gan.rank).get_state()}
     except (KeyError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"the checkpoint does not fit its own config ({str(error).splitlines()[0]})") from error
 
@@ -1932,13 +2593,13 @@ class SaveCheckpoints(Callback):
             shutil.rmtree(old, ignore_errors=True)
 
 
-# ======================================================================================================================
-# Recipes: what one imports
-# ======================================================================================================================
+# === Recipes: what one imports ========================================================================================
 class GAN(Trainer):
     """Add pictures, health and saving to the training loop; the recipes below add their networks and numbers."""
 
     bands: tuple[Band, ...] = ()  # the README's own reading of D's answers
+    _reference: tuple[Any, Reference] | None = None
+    _shares: tuple[Any, Tensor] | None = None
 
     @property
     def folder(self) -> Path:
@@ -1946,12 +2607,64 @@ class GAN(Trainer):
         return Path(self.config.out_dir) / self.recipe
 
     def default_callbacks(self) -> list[Callback]:
-        """Return progress bar, epoch report and saved grids."""
-        return [ProgressBar(), EpochReport(), SaveGrids()]
+        """Return progress bar, the judge's reading of the classes, epoch report and saved grids."""
+        return [ProgressBar(), JudgeSamples(DIVERSITY_SAMPLES, distances=False), EpochReport(), SaveGrids()]
 
     def diagnose(self) -> Diagnosis:
         """Return the health panel of the newest epoch, with the recipe's own bands."""
         return diagnose(self.history, self.config, self.bands)
+
+    def evaluate(self, n: int = 10_000, seed: int = 0, inception: bool = False) -> Scores:
+        """Return the scores of n new samples beside those of real digits; prints nothing, `print(scores)` a table.
+
+        Compared are the 10,000 test images of what it was trained on (MNIST if not trained since it was loaded; of
+        images without a test split, one half against the other). inception: add the usual FID where its weights can be
+        had. Raises ValueError for n below MIN_SAMPLES.
+        """
+        if n < MIN_SAMPLES:
+            raise ValueError(f"n = {n}; these scores need at least {MIN_SAMPLES} samples")
+        samples = self.sample(n, seed=seed)
+        scores = score_samples(samples, self.reference(), self._digits(n, None))
+        if inception:
+            scores["inception_fid"] = inception_distance(samples, self._real_images()[1])
+        return scores
+
+    def reference(self) -> Reference:
+        """Return what real images score, read once for the data of this GAN."""
+        if self._reference is None or self._reference[0] is not self._source:
+            seen = None if isinstance(self._source, (str, Path, NoneType)) else self.images
+            self._reference = (self._source, Reference(*self._real_images(), self.config.image_size, seen))
+        return self._reference[1]
+
+    def _real_images(self) -> tuple[Tensor, Tensor]:
+        """Return training and test images, uint8 (N, H, W); of images without a test split, two random halves."""
+        if isinstance(self._source, (str, Path, NoneType)):
+            source = self._source or "mnist"
+            train = load_images(source)[0] if self.images is None else self.images
+            return train, load_images(source, "test")[0]
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0)).to(self.device)
+        return tuple(self.images[half] for half in order.chunk(2))
+
+    def judge_samples(self, n: int, distances: bool = True) -> dict[str, float]:
+        """Return the judge's view of n fixed-noise samples.
+
+        That is confidence and class_gap, with distances also fid, precision, recall and near_copies.
+
+        class_gap: the share of samples that would have to be of another class for the classes to be as frequent as
+        among real images (total variation distance; 0.9 where all show one digit).
+        """
+        fake = read_digits(self.fixed_samples(n))
+        if self._shares is None or self._shares[0] is not self._source:  # the real digits' shares, read once
+            self._shares = (self._source, read_digits(self.real_samples(1000)).shares)
+        view = {"confidence": fake.probabilities.max(dim=1).values.mean().item()}
+        view["class_gap"] = (fake.shares - self._shares[1]).abs().sum().item() / 2
+        if distances:
+            real = self.reference().test.features
+            view["fid"] = frechet_distance(fake.features, real)
+            manifold = manifold_metrics(fake.features, real[:: max(1, len(real) // (4 * n))])
+            view |= {name: manifold[name] for name in ("precision", "recall")}
+            view["near_copies"] = self.reference().near_copies(fake.features)
+        return view
 
     def generate_images(self, epoch: int | str | None = None, n: int = 36) -> Figure:
         """Return a figure of n fixed-noise samples, also saved under out_dir as epoch_NNN.png or images_NAME.png."""
@@ -2070,9 +2783,7 @@ class FastDCGAN(GAN):
 RECIPES: dict[str, type[GAN]] = {kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN)}
 
 
-# ======================================================================================================================
-# Command line
-# ======================================================================================================================
+# === Command line =====================================================================================================
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train a recipe or sample from a checkpoint; an error is one line and exit code 1."""
     parser = argparse.ArgumentParser(prog="dcgan_utils.py", description="Train DCGANs and sample from them.")
@@ -2095,10 +2806,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal without emoji shows '?' rather than end the training
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     try:
-        return {"train": _train_command, "sample": _sample_command}[options.command](options)
+        with process_group():
+            return {"train": _train_command, "sample": _sample_command}[options.command](options)
     except (ValueError, OSError, DivergenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that `torchrun` started (gloo on CPU, NCCL on GPUs); only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
+            yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _train_command(options: argparse.Namespace) -> int:
@@ -2117,9 +2845,9 @@ def _train_command(options: argparse.Namespace) -> int:
     print(
         f"{type(gan).__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}"
     )
-    callbacks = [SaveCheckpoints(options.out), *gan.default_callbacks()]
+    callbacks = [*gan.default_callbacks(), SaveCheckpoints(options.out)]  # it saves what the judge has read
     gan.train(data=options.data, max_seconds=options.max_seconds, callbacks=callbacks)
-    if gan.history["epoch"]:
+    if gan.history["epoch"] and gan.rank == 0:
         gan.generate_images("FINAL")
         print(f"checkpoint: {gan.last_checkpoint}   pictures: {gan.folder}")
     return 0

@@ -37,12 +37,17 @@ def test_train_resume_and_sample(recipe, folder, tmp_path, capsys):
     assert "epoch 1/1" in text
     assert "🟢" in text
     assert "sample diversity" in text
+    assert re.search(r"(🟢|🟡|🔴) health after epoch 1: (healthy|watch|act)", text)
     assert du.main([*common, "--epochs", "2", *small]) == 1  # it would overwrite
     assert "--resume" in capsys.readouterr().err
     assert du.main(["train", "--data", folder, "--out", out, "--epochs", "3", "--resume"]) == 0  # the recipe is known
     gan = du.GAN.load(out)
     assert gan.epoch == 3
     assert gan.config.nz == 8
+    for name in ("class_gap", "confidence"):  # what the judge reads of each epoch
+        assert all(0 <= value <= 1 for value in gan.history[name])
+        assert len(gan.history[name]) == 3
+    assert "fid" not in gan.history  # distances are asked for by those who want to wait for them
     assert (tmp_path / "run" / recipe / "real_vs_fake.png").stat().st_size > 1000
     assert (tmp_path / "run" / recipe / "images_FINAL.png").exists()
     assert du.main(["sample", "--checkpoint", out, "--n", "7", "--out", str(tmp_path / "s.npz"), "--seed", "1"]) == 0

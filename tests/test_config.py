@@ -45,6 +45,9 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "conditional": (True, False),
     "start_at_background": (True, False),
+    "detach": (True, False),
+    "batch_norm_G": (True, False),
+    "batch_norm_D": (True, False),
 }
 WHOLE = [f.name for f in dataclasses.fields(Config) if f.type in (int, "int")]
 
@@ -61,6 +64,19 @@ def refused(**fields) -> str:
 def test_every_number_of_config_is_in_the_table_above():
     numbers = {f.name for f in dataclasses.fields(Config) if f.type in (int, float, "int", "float")}
     assert numbers == set(RANGES)
+
+
+def test_every_other_field_is_a_choice_or_text():
+    others = {f.name for f in dataclasses.fields(Config)} - set(RANGES)
+    assert others == {*CHOICES, "device", "out_dir"}
+
+
+@pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN, du.FastDCGAN])
+def test_no_recipe_is_broken_on_purpose(kind):
+    """What is there only to see what goes wrong is off."""
+    config = kind.resolve()
+    assert (config.detach, config.batch_norm_G, config.batch_norm_D) == (True, True, True)
+    assert config.d_steps == config.g_steps == 1
 
 
 @pytest.mark.parametrize("name", RANGES)

@@ -1,6 +1,5 @@
 """Models and losses: every layer of the recipes, how it begins, what it computes, and what the losses are worth."""
 
-import dataclasses
 import math
 import re
 
@@ -632,14 +631,71 @@ def test_d_accuracy_has_its_threshold_in_the_middle_of_the_labels(a, b):
     config, m = Config(real_label_smooth=a, fake_label_smooth=b), (a + b) / 2
     above, below = m + 0.02, m - 0.02
     for real, fake, expected in ((above, below, 1.0), (below, above, 0.0), (above, above, 0.5), (below, below, 0.5)):
-        D_x, D_G_z, accuracy = du.read_discriminator(logits(real), logits(fake), config)
-        assert accuracy.item() == expected
-        assert D_x.item() == pytest.approx(real, abs=1e-6)
-        assert D_G_z.item() == pytest.approx(fake, abs=1e-6)
+        reading = du.read_discriminator(logits(real), logits(fake), config)
+        assert set(reading) == {"D_x", "D_G_z", "D_acc", "D_std"}
+        assert reading["D_acc"].item() == expected
+        assert reading["D_x"].item() == pytest.approx(real, abs=1e-6)
+        assert reading["D_G_z"].item() == pytest.approx(fake, abs=1e-6)
 
 
 def test_d_x_is_the_mean_of_probabilities_not_the_probability_of_the_mean():
     real = torch.tensor([-10.0, 0.0, 2.0])
-    D_x, _, _ = du.read_discriminator(real, real, dataclasses.replace(Config()))
-    assert D_x.item() == pytest.approx(real.sigmoid().mean().item(), abs=1e-6)
-    assert abs(D_x.item() - real.mean().sigmoid().item()) > 0.3
+    D_x = du.read_discriminator(real, real, Config())["D_x"].item()
+    assert D_x == pytest.approx(real.sigmoid().mean().item(), abs=1e-6)
+    assert abs(D_x - real.mean().sigmoid().item()) > 0.3
+
+
+def test_the_spread_of_ds_answers_is_that_of_all_of_them():
+    real, fake = torch.tensor([3.0, 1.0, -2.0]), torch.tensor([0.5, -4.0, -1.0])
+    spread = du.read_discriminator(real, fake, Config())["D_std"].item()
+    assert spread == pytest.approx(np.std([1 / (1 + math.exp(-x)) for x in (3, 1, -2, 0.5, -4, -1)], ddof=1), abs=1e-6)
+    for one in (0.0, 3.0):  # whichever answer it is that a collapsed D gives
+        same = torch.full((8,), one)
+        assert du.read_discriminator(same, same, Config())["D_std"].item() == pytest.approx(0, abs=1e-7)
+    sure = du.read_discriminator(torch.full((8,), 20.0), torch.full((8,), -20.0), Config())
+    assert sure["D_std"].item() > 0.5  # one answer to real and one to fake are two
+
+
+# ----------------------------------------------------------------------------------------------- the ways to break it
+@pytest.mark.parametrize("kind", RECIPES)
+def test_batch_norm_can_be_left_out_of_either_network(kind):
+    """And nothing but it: the other layers keep their kinds, their order and their sizes."""
+
+    def without_norm(network):
+        return [layer for layer in layers(network) if layer[0] not in ("BN", "Identity")]
+
+    whole = small(kind)
+    norms = [sum(layer[0] == "BN" for layer in layers(net)) for net in (whole.generator, whole.discriminator)]
+    assert norms[0] >= 2
+    assert norms[1] == {du.DCGAN: 3, du.StableDCGAN: 0, du.FastDCGAN: 2}[kind]
+    for field, mine, other in (
+        ("batch_norm_G", "generator", "discriminator"), ("batch_norm_D", "discriminator", "generator"),
+    ):  # fmt: skip
+        bare = small(kind, **{field: False})
+        assert not any(layer[0] == "BN" for layer in layers(getattr(bare, mine)))
+        assert not list(getattr(bare, mine).buffers())
+        assert without_norm(getattr(bare, mine)) == without_norm(getattr(whole, mine))
+        assert layers(getattr(bare, other)) == layers(getattr(whole, other))
+        assert bare.sample(2, seed=1).shape == whole.sample(2, seed=1).shape
+        with pytest.raises(ValueError, match=f"{field} is built in"):
+            whole.reconfigure(**{field: False})
+
+
+def test_the_length_of_a_gradient():
+    network = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    assert du.gradient_length(network).item() == 0  # none there
+    network[0].weight.grad = torch.tensor([[3.0, 0.0]])
+    assert du.gradient_length(network).item() == pytest.approx(3)
+    network[1].bias.grad = torch.tensor([-4.0])
+    assert du.gradient_length(network).item() == pytest.approx(5)  # of all layers together
+    network[0].bias.grad = torch.tensor([math.nan])
+    assert math.isnan(du.gradient_length(network).item())
+
+
+def test_relative_change_is_a_share_of_the_longer_vector():
+    a, b = torch.tensor([3.0, 4.0]), torch.tensor([6.0, 8.0])
+    assert du.relative_change(a, b) == du.relative_change(b, a) == pytest.approx(0.5)
+    assert du.relative_change(a, -a) == pytest.approx(2)
+    assert du.relative_change(a, torch.zeros(2)) == du.relative_change(torch.zeros(2), a) == pytest.approx(1)
+    assert du.relative_change(a, a) == du.relative_change(torch.zeros(2), torch.zeros(2)) == 0
+    assert du.relative_change(a, a + torch.tensor([0.0, 1e-4])) == pytest.approx(2e-5, rel=0.01)  # small, not zero

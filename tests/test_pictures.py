@@ -29,8 +29,8 @@ def nothing_is_shown_and_nothing_stays_open(monkeypatch):
 def history(epochs: int = 3) -> du.History:
     """Return a history with a few epochs and batches, all values different."""
     record = du.History(Config(real_label_smooth=0.9, fake_label_smooth=0.0))
-    for name, base in {"loss_D": 1.1, "loss_G": 0.8, "D_x": 0.6, "D_G_z": 0.3, "D_acc": 0.55, "diversity": 0.7}.items():
-        record[name] += [base + 0.01 * epoch for epoch in range(epochs)]
+    for k, name in enumerate((*du.METRICS, *du.EPOCH_READINGS)):
+        record[name] += [0.3 + 0.05 * k + 0.01 * epoch for epoch in range(epochs)]
     record["epoch"] += list(range(1, epochs + 1))
     for name in record.batches:
         record.batches[name] += [0.1 * batch for batch in range(2 * epochs)]
@@ -115,6 +115,31 @@ def test_the_history_figure_draws_what_the_history_holds():
     assert [record.batches["loss_D"], record.batches["loss_G"]] == [
         list(line.get_ydata()) for line in losses.lines if list(line.get_xdata()) == record.batches["epoch"]
     ]
+
+
+def test_the_history_figure_shows_the_distance_where_a_judge_scored():
+    record = history(4)
+    assert len(du.plot_history(record).axes) == 3
+    record["fid"] = [None, None, None, None]  # asked for, never had
+    assert len(du.plot_history(record).axes) == 3
+    record["fid"] = [90.0, None, 20.0, 11.0]  # one epoch was not judged
+    figure = du.plot_history(record)
+    distance = figure.axes[3]
+    (line,) = distance.lines
+    assert list(line.get_xdata()) == record["epoch"]
+    drawn = line.get_ydata()
+    assert math.isnan(drawn[1])
+    assert [drawn[0], drawn[2], drawn[3]] == [90, 20, 11]
+    assert distance.get_yscale() == "log"
+    assert "Fréchet" in distance.get_title()
+    assert distance.get_xlabel() == "epoch"
+
+
+def test_the_history_figure_of_an_older_run_without_the_newer_readings():
+    record = history().to_json()
+    for part in ("epochs", "batches"):
+        record[part] = {k: v for k, v in record[part].items() if k not in (*du.METRICS[5:], "spacing", "swing")}
+    assert len(du.plot_history(du.History.from_json(record)).axes) == 3
 
 
 def test_the_history_figure_draws_theorys_lines():

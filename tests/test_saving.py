@@ -37,7 +37,7 @@ def test_train_two_and_resume_two_equals_train_four(kind, digits, tmp_path):
         for index, parameter in enumerate(first.param_groups[0]["params"]):
             mine, other = first.state[parameter], second.state[second.param_groups[0]["params"][index]]
             assert all(torch.equal(mine[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
-    for name in (*du.METRICS, "diversity", "epoch"):
+    for name in (*du.METRICS, *du.EPOCH_READINGS, "epoch"):
         assert whole.history[name] == resumed.history[name]
     assert whole.history.batches == resumed.history.batches
 
@@ -153,6 +153,50 @@ def test_loading_takes_changes_that_can_be_made(digits, tmp_path):
     assert (changed.config.out_dir, changed.config.num_epochs, changed.loss.real) == ("elsewhere", 9, 1.0)
     with pytest.raises(ValueError, match="ngf is built in"):
         du.StableDCGAN.load(tmp_path / "ck", ngf=8)
+
+
+def test_a_checkpoint_from_before_the_newer_readings_and_settings_goes_on(digits, tmp_path):
+    gan = make(du.StableDCGAN)
+    gan.train(2, data=digits, callbacks=[])
+    gan.save(tmp_path / "old")
+    state = tmp_path / "old" / "state.json"
+    record = json.loads(state.read_text())
+    newer = {*du.METRICS[5:], *du.EPOCH_READINGS} - {"diversity"}
+    assert newer <= set(record["history"]["epochs"])
+    for part in ("epochs", "batches"):
+        record["history"][part] = {k: v for k, v in record["history"][part].items() if k not in newer}
+    for name in ("detach", "batch_norm_G", "batch_norm_D"):
+        del record["config"][name]
+        record["history"]["config"].pop(name)
+    record["sums"] = {k: v for k, v in record["sums"].items() if k not in newer and k != "D_G_z²"}
+    state.write_text(json.dumps(record))
+    again = du.GAN.load(tmp_path / "old")
+    assert again.diagnose().findings
+    again.train(1, data=digits, callbacks=[])
+    assert again.history["epoch"] == [1, 2, 3]
+    assert again.history["leak"] == [None, None, 0]
+    assert again.history["spacing"][:2] == [None, None]
+    assert {len(values) for values in again.history.values()} == {3}
+    assert {len(values) for values in again.history.batches.values()} == {len(again.history.batches["step"])}
+    gan.train(1, data=digits, callbacks=[])
+    assert same(gan, again)
+    assert gan.diagnose() == again.diagnose()
+
+
+@pytest.mark.parametrize("field", ["detach", "batch_norm_G", "batch_norm_D"])
+def test_a_gan_that_was_broken_on_purpose_comes_back_as_it_was(field, digits, tmp_path):
+    gan = make(**{field: False})
+    gan.train(1, data=digits, callbacks=[])
+    gan.history.record("fid", 9.0)
+    gan.save(tmp_path / "ck")
+    again = du.FastDCGAN.load(tmp_path / "ck")
+    assert getattr(again.config, field) is False
+    assert again.history["fid"] == [9.0]
+    assert again.diagnose() == gan.diagnose()
+    for one in (gan, again):
+        one.train(1, data=digits, callbacks=[])
+    assert same(gan, again)
+    assert again.history["leak"] == gan.history["leak"]
 
 
 def break_checkpoint(folder, how):

@@ -1,5 +1,9 @@
 """The training loop: what it records, that it can be repeated, stopped and steered, and what it refuses."""
 
+import copy
+import dataclasses
+import json
+import math
 import os
 import signal
 from itertools import pairwise
@@ -17,6 +21,20 @@ def digits():
     return images[:96], labels[:96]
 
 
+def filled(epochs, config=None):
+    """Return a history of so many epochs of three batches each, all values different."""
+    history = du.History(config or du.Config())
+    for epoch in range(epochs):
+        for k, name in enumerate(history):
+            history[name].append(epoch + k / 100)
+        history["epoch"][-1] = epoch + 1
+        for batch in range(3):
+            for k, name in enumerate(history.batches):
+                history.batches[name].append(epoch * 10 + batch + k / 100)
+            history.batches["epoch"][-1] = epoch + (batch + 1) / 3
+    return history
+
+
 class StopAt(du.Callback):
     """Ask for a stop after so many iterations."""
 
@@ -32,9 +50,15 @@ class StopAt(du.Callback):
 def test_history_has_one_value_per_epoch(kind, digits):
     gan = make(kind, log_every=2)
     history = gan.train(2, data=digits, callbacks=[])
-    names = {*du.METRICS, "diversity", "epoch", "seconds", "images_per_second"}
+    names = {*du.METRICS, *du.EPOCH_READINGS, "epoch", "seconds", "images_per_second"}
     assert names == set(history)
     assert all(len(values) == 2 for values in history.values())
+    assert set(history.batches) == {"step", "epoch", *du.METRICS}
+    without = {"move_BN_D"} if kind is du.StableDCGAN else set()  # its D has no BatchNorm
+    for name in names:
+        assert all(value is None if name in without else math.isfinite(value) for value in history[name]), name
+    assert all(value > 0 for name in ("grad_D", "grad_G", "D_std", "move_D", "move_G") for value in history[name])
+    assert history["leak"] == [0, 0]
     assert history["epoch"] == [1, 2]
     assert history.batches["step"] == [2, 4, 6, 8, 10, 12]  # 96 images are 6 batches of 16
     mean = sum(history.batches["loss_D"][:3]) / 3  # every entry covers two batches
@@ -162,15 +186,19 @@ def test_each_step_leaves_the_other_player_alone(digits):
     real = du.normalise(gan.images[:16])
     fake = gan._fake(16, None)
     g_before, d_before = weights(gan.generator), weights(gan.discriminator)
-    loss, d_x, d_g_z, accuracy = du.train_discriminator(gan, real, fake, None)
+    measured = du.train_discriminator(gan, real, fake, None)
+    assert set(measured) == {"loss_D", "D_x", "D_G_z", "D_acc", "D_std", "grad_D", "leak"}
     assert torch.equal(weights(gan.generator), g_before)
     assert all(parameter.grad is None for parameter in gan.generator.parameters())
     assert not torch.equal(weights(gan.discriminator), d_before)
-    assert not any(value.requires_grad for value in (loss, d_x, d_g_z, accuracy))
-    d_before, grads = weights(gan.discriminator), [p.grad.clone() for p in gan.discriminator.parameters()]
-    du.train_generator(gan, fake, None)
+    d_before = weights(gan.discriminator)
+    assert all(parameter.grad is None for parameter in gan.discriminator.parameters())  # nothing is left over
+    measured |= du.train_generator(gan, fake, None)
+    assert set(measured) == set(du.METRICS)
+    assert not any(value.requires_grad for value in measured.values())
+    assert all(value.shape == () for value in measured.values())
     assert torch.equal(weights(gan.discriminator), d_before)
-    assert all(torch.equal(a, p.grad) for a, p in zip(grads, gan.discriminator.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in gan.discriminator.parameters())
     assert all(parameter.requires_grad for parameter in gan.discriminator.parameters())
     assert not torch.equal(weights(gan.generator), g_before)
 
@@ -285,9 +313,12 @@ def test_a_conditional_generator_with_one_image_a_class_is_red(digits):
     gan._set_data(digits)
     one_each = torch.stack([du.normalise(digits[0][digits[1] == k][:1])[0] for k in range(10)])
     gan.fixed_samples = lambda n: one_each[torch.arange(n) % 10]
-    assert gan.diversity() < 0.01
+    assert gan.sample_readings()["diversity"] < 0.01
+    assert gan.sample_readings()["spacing"] < 0.01
     gan.fixed_samples = lambda n: du.normalise(digits[0][torch.arange(n) % 96])  # any digits: the variety is there
-    assert gan.diversity() > 0.7
+    assert gan.sample_readings()["diversity"] > 0.7
+    gan.fixed_samples = lambda n: torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert gan.sample_readings()["spacing"] > 0.5  # noise repeats nothing
 
 
 def test_training_can_go_on_after_divergence_without_hanging(digits):
@@ -304,6 +335,32 @@ def test_training_can_go_on_after_divergence_without_hanging(digits):
     with pytest.raises(du.DivergenceError, match="its last batch"):
         last.train(1, data=digits, callbacks=[Poisons()])
     assert last.history["epoch"] == []
+
+
+class PoisonsLast(du.Callback):
+    """Write NaN into G after the last batch of an epoch: no loss has seen it yet."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def on_batch_end(self, gan):
+        if gan.step == self.at:
+            with torch.no_grad():
+                next(gan.generator.parameters()).fill_(float("nan"))
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_nan_in_the_last_batch_is_red(kind, epoch, digits):
+    gan = make(kind, ema=0.0)
+    with pytest.raises(du.DivergenceError, match=f"epoch {epoch}, its last batch"):
+        gan.train(2, data=digits, callbacks=[PoisonsLast(6 * epoch)])
+    assert gan.history["epoch"] == [1, 2][: epoch - 1]
+    diagnosis = gan.diagnose()
+    assert (diagnosis.status, diagnosis.cause.name) == ("red", "losses are numbers")
+    with pytest.raises(du.DivergenceError):  # and so it stays
+        gan.train(1, data=digits, callbacks=[])
+    assert gan.diagnose().cause.name == "losses are numbers"
 
 
 def test_the_same_data_in_a_new_tuple_goes_on_with_the_epoch(digits):
@@ -420,3 +477,163 @@ def test_training_learns_the_digits_that_one_asks_for():
     likeness = torch.corrcoef(torch.cat([made - made.mean(dim=0), real - real.mean(dim=0)]))[:10, 10:]
     assert (likeness.argmax(dim=1) == torch.arange(10)).sum() >= 8  # untrained: about 1 of 10
     assert gan.history["diversity"][-1] > 0.3  # within each digit; one image a digit would give 0
+
+
+# ----------------------------------------------------------------------------------------------- the history itself
+def test_a_line_of_a_history_holds_what_was_measured():
+    history = filled(3)
+    assert history.line() == history.line(2) == history.last() == {name: values[2] for name, values in history.items()}
+    assert history.line(0)["epoch"] == history.line(-3)["epoch"] == 1
+    assert history.line(3) == history.line(-4) == {}
+    assert du.History(du.Config()).line() == du.History(du.Config()).last() == {}
+    history["move_BN_D"][-1] = None
+    assert "move_BN_D" not in history.line()
+    assert "move_BN_D" in history.line(1)
+
+
+def test_until_is_the_history_as_it_was():
+    history = filled(4)
+    before = copy.deepcopy((dict(history), history.batches))
+    for epochs in range(5):
+        then = history.until(epochs)
+        assert then == filled(epochs)
+        assert then.batches == filled(epochs).batches
+        assert then.config is history.config
+    assert history.until(9) == history
+    short = history.until(2)
+    short["loss_D"][0] = -1.0
+    short.batches["loss_D"][0] = -1.0
+    short.record("fid", 3.0)
+    assert (dict(history), history.batches) == before  # it is a copy
+    history["epoch"][-1] = 3 + 2 / 3  # an epoch that was cut short after its second batch
+    history.batches["epoch"][-1] = 3 + 2 / 3 + 0.1
+    assert len(history.until(4).batches["step"]) == 11
+    assert history.until(3).batches == filled(3).batches
+
+
+def test_what_one_records_oneself_stands_in_step_with_the_epochs(digits):
+    history = filled(3)
+    history.record("mine", 5.0)
+    assert history["mine"] == [None, None, 5.0]
+    history.record("mine", 6.0)
+    assert history["mine"] == [None, None, 6.0]
+    assert history.line()["mine"] == 6.0
+    assert "mine" not in history.line(0)
+
+    class Records(du.Callback):
+        def on_epoch_end(self, gan):
+            if gan.epoch != 2:
+                gan.history.record("mine", float(gan.epoch))
+
+    gan = make()
+    gan.train(3, data=digits, callbacks=[Records()])
+    assert gan.history["mine"] == [1, None, 3]
+    gan.train(1, data=digits, callbacks=[StopAt(20)])
+    assert gan.history["mine"] == [1, None, 3, None]
+    gan.train(1, data=digits, callbacks=[Records()])  # finishes the epoch that was cut short
+    assert gan.history["mine"] == [1, None, 3, 4]
+    assert {len(values) for values in gan.history.values()} == {4}
+
+
+def test_a_history_survives_json_and_an_older_one_is_filled_up():
+    history = filled(2)
+    history.record("fid", 7.0)
+    record = json.loads(json.dumps(history.to_json()))
+    kept = copy.deepcopy(record)
+    again = du.History.from_json(record)
+    assert (dict(again), again.batches, again.config) == (dict(history), history.batches, history.config)
+    assert record == kept
+    again["loss_D"].append(9.0)
+    again.batches["loss_D"].append(9.0)
+    again.record("fid", 9.0)
+    assert record == kept  # what is done to the history leaves the record alone
+    for part in ("epochs", "batches"):
+        for name in ("leak", "D_std", "spacing", "swing", "move_D"):
+            record[part].pop(name, None)
+    del record["config"]["detach"], record["config"]["batch_norm_G"]
+    older = du.History.from_json(record)
+    assert older["leak"] == older["spacing"] == [None, None]
+    assert older.batches["leak"] == [None] * 6
+    assert set(older) == set(history)
+    assert older.config == history.config
+    assert older.finite()
+
+
+@pytest.mark.parametrize("name", du.METRICS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_history_is_finite_while_its_newest_batches_are(name, value):
+    history = filled(2)
+    assert history.finite()
+    assert du.History(du.Config()).finite()
+    history.batches[name][0] = value  # long ago
+    assert history.finite()
+    history.batches[name][-1] = value
+    assert not history.finite()
+    assert history.until(1).finite() == (name not in ("step", "epoch"))
+    history.batches[name][-1] = None  # was not measured
+    assert history.finite()
+
+
+# ----------------------------------------------------------------------------------------------- corners
+def test_a_frozen_player_gives_no_gradient_and_does_not_move(digits):
+    for field, player in (("d_steps", "D"), ("g_steps", "G")):
+        gan = make(du.StableDCGAN, **{field: 0}, start_at_background=False)
+        history = gan.train(1, data=digits, callbacks=[])
+        other = {"D": "G", "G": "D"}[player]
+        assert history[f"grad_{player}"] == history[f"move_{player}"] == [0]
+        assert history[f"grad_{other}"][0] > 0
+        assert history[f"move_{other}"][0] > 1e-4
+        assert history["leak"] == [0]
+        cause = du.diagnose(history).cause
+        assert (cause.name, cause.changes) == ("a player stands still", {field: 1})
+        assert cause.message.startswith(f"{player}'s weights")
+
+
+def test_an_epoch_of_which_nothing_was_left_is_no_player_that_stands_still(digits):
+    """A larger batch_size may leave too few images for another batch: nobody could move."""
+    gan = make()
+    gan.train(1, data=digits, callbacks=[StopAt(5)])
+    gan.train(1, batch_size=32, data=digits, callbacks=[])
+    assert (gan.epoch, gan.step) == (1, 5)
+    assert gan.history["epoch"] == [1]
+    assert gan.history["D_x"][0] > 0
+    cause = gan.diagnose().cause
+    assert cause is None or cause.name != "a player stands still"
+
+
+def test_a_leak_is_only_there_without_detach(digits):
+    for detach in (True, False):
+        gan = make(du.StableDCGAN, detach=detach)
+        history = gan.train(1, data=digits, callbacks=[])
+        assert (history["leak"][0] > 0) == (not detach)
+        cause = gan.diagnose().cause
+        if detach:
+            assert cause is None or cause.name != "detach"
+        else:
+            assert (cause.name, cause.changes) == ("detach", {"detach": True})
+        gan.reconfigure(detach=True)  # the repair, live
+        gan.train(1, data=digits, callbacks=[])
+        assert history["leak"][1] == 0
+        assert gan.diagnose().cause is None or gan.diagnose().cause.name != "detach"
+
+
+def test_a_frozen_generator_does_not_hoard_what_leaks(digits):
+    """Each batch's leak is its own, also where no step of G clears it away."""
+    gan = make(du.StableDCGAN, detach=False, g_steps=0, lr_G=0.0, lr_D=0.0, dropout_D=0.0, log_every=1)
+    history = gan.train(3, data=digits, callbacks=[])
+    leaks = history.batches["leak"]
+    assert min(leaks) > 0
+    assert max(leaks) < 4 * min(leaks)
+
+
+def test_the_readings_of_samples_go_into_a_diagnosis(digits):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    asked = {**gan.sample_readings(), **gan.judge_samples(200, distances=False)}
+    assert set(asked) == {"diversity", "spacing", "confidence", "class_gap"}
+    assert asked["diversity"] == pytest.approx(gan.history["diversity"][-1], rel=1e-5)  # the same samples
+    assert asked["spacing"] == pytest.approx(gan.history["spacing"][-1], rel=1e-5)
+    gan.fixed_samples = lambda n: torch.zeros(n, 1, 28, 28)
+    collapsed = du.diagnose(gan.history, samples=gan.sample_readings())
+    assert collapsed.cause.name == "copies among samples"
+    assert dataclasses.replace(gan.config, **collapsed.cause.changes) != gan.config

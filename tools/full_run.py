@@ -3,8 +3,8 @@
     python tools/full_run.py --recipe dcgan --name dcgan --slice 300 [--epochs 30] [--minutes 90] [--set FIELD=VALUE …]
 
 After every slice of `--slice` seconds: a checkpoint under outputs/full_run/NAME, so that a stop loses nothing and the
-same command goes on, and a frame. At the end results/NAME holds history.json, grid.png, samples.png, history.png and
-training.gif.
+same command goes on, and a frame. At the end results/NAME holds history.json, scores.json (10,000 samples judged),
+grid.png, samples.png, history.png and training.gif.
 """
 
 import argparse
@@ -45,6 +45,9 @@ def main() -> None:
     gan._set_data("mnist")
     results.mkdir(parents=True, exist_ok=True)
     (results / "history.json").write_text(json.dumps(gan.history.to_json(), default=float))
+    scores = gan.evaluate()
+    print(scores)
+    (results / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title(gan)), results / "grid.png")
     du.save_picture(du.plot_images(gan.fixed_samples(50), title(gan), columns=10), results / "samples.png")
     du.save_picture(gan.plot_history(), results / "history.png")

@@ -18,6 +18,7 @@ Config, data, models, losses and steps, training, health, evaluation, pictures, 
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import csv
 import dataclasses
@@ -1626,6 +1627,11 @@ def make_animation(
     small = [p.quantize(32, dither=Image.Dither.NONE) for p in pictures]  # dithering would double the size
     small[0].save(path, save_all=True, append_images=small[1:], duration=durations, loop=0, optimize=True)
     return path
+
+
+def gif_html(path: str | Path) -> str:
+    """Return a GIF file as an HTML image, for pages whose nbconvert leaves out image/gif, as Kaggle's 6.4.5 does."""
+    return f'<img src="data:image/gif;base64,{base64.b64encode(Path(path).read_bytes()).decode()}">'
 
 
 def _as_picture(frame: Figure | str | Path) -> Image.Image:

@@ -169,7 +169,8 @@ def in_namespace(command: list[str], inputs: Path, working: Path, environment: d
 def make_page(working: Path) -> Path:
     """Convert __notebook__.ipynb to the page __results__.html with its pictures as files, as Kaggle does."""
     nbconvert = PAGE_ENVIRONMENT / "bin" / "jupyter-nbconvert"
-    options = ["--to", "html", "--template", "classic", "--ExtractOutputPreprocessor.enabled=True"]
+    template = ["--template", "kaggle_page", f"--TemplateExporter.extra_template_basedirs={ROOT / 'tools'}"]
+    options = ["--to", "html", *template, "--ExtractOutputPreprocessor.enabled=True"]
     subprocess.run(
         [nbconvert, *options, "--output", "__results__", "__notebook__.ipynb"],
         cwd=working,

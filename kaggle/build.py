@@ -92,7 +92,7 @@ def setup_cells(notebook: dict) -> list[dict]:
     """Return the cells that make a notebook self-contained."""
     cells = [
         cell("markdown", "setup-text", SETUP),
-        cell("code", "setup-module", f"%%writefile {MODULE.name}\n{MODULE.read_text()}", **FOLDED),
+        cell("code", "setup-module", f"%%writefile {MODULE.name}\n{MODULE.read_text().rstrip()}", **FOLDED),
     ]
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
     if JUDGE.is_file() and EVALUATES.search(code):

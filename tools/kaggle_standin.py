@@ -7,7 +7,7 @@
 As on Kaggle: /kaggle/input is read-only and /kaggle/working the place to write; the variables of a batch run are set;
 there is no network; papermill runs the notebook with the kernel that its metadata name; nbconvert 6.4.5's classic
 template makes the page. Chromium then opens the page and tells what it shows. Paths, mounts and network come from
-Linux namespaces, which need root; elsewhere DCGAN_KAGGLE_INPUT names the input folder and Python's sockets are shut.
+Linux namespaces; where there are none DCGAN_KAGGLE_INPUT names the input folder and Python's sockets are shut.
 Not as on Kaggle: the image's versions and its GPUs. Needs papermill, chromium and the environment of --set-up.
 """
 
@@ -17,7 +17,6 @@ import html
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -116,18 +115,23 @@ LAYOUTS = {  # where it is mounted -> what writes it
     "competitions/digit-recognizer": digit_recognizer,
     "digit-recognizer": digit_recognizer,
     "datasets/somebody/dcgan-utils": attach_module,
-    "nothing": lambda folder: folder.parent.mkdir(),
+    "nothing": lambda folder: None,
     "titanic": attach_other,
     "half/mnist-dataset": partial(attach_idx, splits=("train-images", "t10k")),
 }
 
 
 # ---------------------------------------------------------------------------------------------------- the platform
+def unshare() -> list[str]:
+    """Return the command that gives a process mounts and a network of its own; without root, a user of its own too."""
+    return ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--mount", "--net", "--propagation", "private"]
+
+
 def has_namespaces() -> bool:
-    """Return whether mounts and network of one's own can be had here, which needs Linux and root."""
-    if not shutil.which("unshare") or not shutil.which("ip") or os.geteuid():
+    """Return whether mounts and network of one's own can be had here: on Linux, by root and where users may."""
+    if not shutil.which("unshare") or not shutil.which("ip"):
         return False
-    return not subprocess.run(["unshare", "--mount", "--net", "true"], capture_output=True).returncode
+    return not subprocess.run([*unshare(), "true"], capture_output=True).returncode
 
 
 def run_notebook(notebook: Path, inputs: Path, working: Path, profile: str = "smoke") -> subprocess.CompletedProcess:
@@ -148,21 +152,31 @@ def run_notebook(notebook: Path, inputs: Path, working: Path, profile: str = "sm
 
 
 def in_namespace(command: list[str], inputs: Path, working: Path, environment: dict) -> subprocess.CompletedProcess:
-    """Run a command that sees /kaggle/working, a read-only /kaggle/input and no network but loopback."""
-    made = [p for p in map(Path, ("/kaggle", "/kaggle/input", "/kaggle/working")) if not p.exists()]
-    for path in made:
-        path.mkdir()
-    script = (
-        f"set -e; ip link set lo up; mount --bind {shlex.quote(str(working))} /kaggle/working; "
-        f"mount --bind {shlex.quote(str(inputs))} /kaggle/input; mount -o remount,bind,ro /kaggle/input; "
-        f"cd /kaggle/working; exec {shlex.join(command)}"
-    )
-    unshare = ["unshare", "--mount", "--net", "--propagation", "private", "bash", "-c", script]
-    try:
-        return subprocess.run(unshare, env=environment, capture_output=True, text=True)
-    finally:
-        for path in reversed(made):
-            path.rmdir()
+    """Run a command that sees /kaggle/working, a read-only /kaggle/input and no network but loopback.
+
+    Its root folder holds all that the real one does, and /kaggle: so nothing is left on the machine.
+    """
+    script = """
+        set -e
+        ip link set lo up
+        root=$3
+        mount -t tmpfs none "$root"
+        for path in /*; do
+            if [ -L "$path" ]; then cp -P "$path" "$root"; continue; fi
+            [ -d "$path" ] && [ "$path" != /kaggle ] || continue
+            mkdir "$root$path"
+            mount --rbind "$path" "$root$path"
+        done
+        mkdir -p "$root/kaggle/input" "$root/kaggle/working"
+        mount --bind "$1" "$root/kaggle/input"
+        mount -o remount,bind,ro "$root/kaggle/input"
+        mount --bind "$2" "$root/kaggle/working"
+        shift 3
+        exec chroot "$root" bash -c 'cd /kaggle/working && exec "$@"' - "$@"
+    """
+    with tempfile.TemporaryDirectory() as root:
+        wrapped = [*unshare(), "bash", "-c", script, "-", str(inputs), str(working), root, *command]
+        return subprocess.run(wrapped, env=environment, capture_output=True, text=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the page

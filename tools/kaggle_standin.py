@@ -279,13 +279,10 @@ def set_up() -> None:
 
 def cases(notebooks: list[Path]) -> list[tuple[Path, str]]:
     """Return every notebook with the data set that its metadata attach, and the first one with every other form."""
-    others = [
-        layout for layout in LAYOUTS if layout.split("/")[-1] in ("mnist-dataset", "mnist-in-csv", "digit-recognizer")
-    ]
-    others = [layout for layout in others if layout != MNIST and not layout.startswith("half")]
-    source = ROOT / "notebooks" / notebooks[0].name
-    every = [(notebook, MNIST) for notebook in notebooks] + [(notebooks[0], layout) for layout in others]
-    return [*every, (source, "datasets/somebody/dcgan-utils")]
+    forms = [layout for layout, write in LAYOUTS.items() if write in (attach_idx, mnist_in_csv, digit_recognizer)]
+    every = [(path, MNIST) for path in notebooks] + [(notebooks[0], layout) for layout in forms if layout != MNIST]
+    attached = (ROOT / "notebooks" / notebooks[0].name, "datasets/somebody/dcgan-utils")
+    return [*every, attached] if has_namespaces() else every  # its first cell looks into the real /kaggle/input
 
 
 def main() -> int:

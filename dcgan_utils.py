@@ -18,6 +18,7 @@ Config, data, models, losses and steps, training, health, evaluation, pictures, 
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import csv
 import dataclasses
@@ -42,7 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self
@@ -70,7 +71,9 @@ __version__ = "0.1.0"
 # === Constants ========================================================================================================
 CHECKPOINT_FORMAT = 1  # raised when an older dcgan_utils could no longer read what this one writes
 EMBEDDED_MNIST = Path(__file__).resolve().parent / "data" / "mnist"
-KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_INPUT = Path(os.environ.get("DCGAN_KAGGLE_INPUT", "/kaggle/input"))  # the variable is for a stand-in of Kaggle
+KAGGLE_MNIST = ("mnist-dataset", "mnist-in-csv", "digit-recognizer")  # hojjatk's, oddrationale's, the competition's
+SEARCH_LIMIT = 20_000  # files and folders looked at below a folder: some attached sets hold a million
 MNIST_SHA256 = {  # of the uncompressed IDX files; the gzip layer may differ from copy to copy
     "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -241,11 +244,23 @@ def _find_mnist(split: str) -> tuple[Tensor, Tensor, str]:
     """Return MNIST from Kaggle's mounts, the embedded files or torchvision's download, whichever comes first."""
     stem = "train" if split == "train" else "t10k"
     sums = {kind: MNIST_SHA256[f"{stem}-{kind}"] for kind in ("images", "labels")}
-    with suppress(FileNotFoundError, ValueError):  # what else is attached there is not MNIST
-        return *_from_folder(KAGGLE_INPUT, split, sums), "Kaggle's input mounts"
+    for place in _kaggle_places():
+        try:
+            return *_from_folder(place, split, sums), "Kaggle's input mounts"
+        except (FileNotFoundError, ValueError) as error:  # what else is attached there is not MNIST
+            attached = f"; attached now: {error}" if KAGGLE_INPUT.is_dir() else ""
     with suppress(FileNotFoundError):
         return *_from_folder(EMBEDDED_MNIST, split, sums), "the embedded files in data/mnist"
-    return *_from_torchvision("mnist", split), "torchvision's download"
+    try:
+        return *_from_torchvision("mnist", split), "torchvision's download"
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{attached}") from error
+
+
+def _kaggle_places() -> list[Path]:
+    """Return where Kaggle mounts the known MNIST sets, then all its inputs: to search other sets can take long."""
+    patterns = [p for slug in KAGGLE_MNIST for p in (f"datasets/*/{slug}", f"competitions/{slug}", slug)]
+    return [*(place for p in patterns for place in sorted(KAGGLE_INPUT.glob(p))), KAGGLE_INPUT]
 
 
 def _from_torchvision(name: str, split: str) -> tuple[Tensor, Tensor]:
@@ -274,7 +289,8 @@ def _from_folder(folder: Path, split: str, sums: dict[str, str] | None = None) -
             f"data = {str(folder)!r} is no folder and none of {', '.join(known)}{nearest_name(str(folder), known)}"
         )
     stem, sums = "train" if split == "train" else "t10k", sums or {}
-    files = sorted((p for p in _walk(folder, depth=6) if p.is_file()), key=lambda p: (len(p.parts), str(p)))
+    walk = islice(_walk(folder, depth=6), SEARCH_LIMIT)
+    files = sorted((p for p in walk if p.is_file()), key=lambda p: (len(p.parts), str(p)))
     pairs = _idx_pairs(files, stem)
     readers = [partial(_read_pair, pair, sums) for pair in pairs if len(pair) == 2]
     tables = [p for p in files if (m := _CSV_NAME.match(p.name)) and m[1] == split]
@@ -313,15 +329,16 @@ def _read_pair(pair: dict[str, Path], sums: dict[str, str]) -> tuple[Tensor, Ten
 
 
 def _walk(folder: Path, depth: int) -> Iterator[Path]:
-    """Yield what lies in a folder down to `depth` levels, so that a wrong folder cannot take for ever."""
-    try:
-        paths = sorted(folder.iterdir())
-    except PermissionError:
-        return
-    for path in paths:
-        yield path
-        if depth > 1 and path.is_dir() and not path.name.startswith("."):
-            yield from _walk(path, depth - 1)
+    """Yield what lies in a folder, level by level down to `depth`, so that a wrong folder cannot take for ever."""
+    level = [folder]
+    for _ in range(depth):
+        below = []
+        for place in level:
+            with suppress(PermissionError):
+                paths = sorted(place.iterdir())
+                yield from paths
+                below += [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+        level = below
 
 
 def read_idx(path: str | Path, sha256: str | None = None, dims: int | None = None) -> Tensor:
@@ -2282,6 +2299,11 @@ def make_animation(
     return path
 
 
+def gif_html(path: str | Path) -> str:
+    """Return a GIF file as an HTML image, for pages whose nbconvert leaves out image/gif, as Kaggle's 6.4.5 does."""
+    return f'<img src="data:image/gif;base64,{base64.b64encode(Path(path).read_bytes()).decode()}">'
+
+
 def _as_picture(frame: Figure | str | Path) -> Image.Image:
     """Return a PNG file's picture, or a Figure drawn off screen."""
     if not isinstance(frame, Figure):
@@ -2320,11 +2342,33 @@ def scaled(smoke: Any, cpu: Any, gpu: Any) -> Any:
 
     Raises ValueError for another value of the variable.
     """
-    profile = os.environ.get("DCGAN_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
     values = {"smoke": smoke, "cpu": cpu, "gpu": gpu}
-    if profile not in values:
-        raise ValueError(f"DCGAN_PROFILE = {profile!r}; it is smoke, cpu or gpu")
-    return values[profile]
+    name = profile()
+    if name not in values:
+        raise ValueError(f"DCGAN_PROFILE = {name!r}; it is smoke, cpu or gpu")
+    return values[name]
+
+
+def profile() -> str:
+    """Return the name of this run's scale, as `scaled` takes it."""
+    return os.environ.get("DCGAN_PROFILE") or ("gpu" if torch.cuda.is_available() else "cpu")
+
+
+def kaggle_run() -> str:
+    """Return "Interactive" or "Batch" (Save & Run All) on Kaggle, "" elsewhere."""
+    kind = os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "")
+    return kind if os.environ.get("KAGGLE_DATA_PROXY_URL") else ""  # at home some set one of them, never both
+
+
+def describe_machine() -> str:
+    """Return one line: where this runs, on which device, in which precision, at which scale, and how to get a GPU."""
+    where = f"Kaggle, {kaggle_run()} run" if kaggle_run() else "not on Kaggle"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    what = f"{len(gpus)} × {gpus[0]}" if gpus else "no GPU"
+    what += ", of which one is used" if len(gpus) > 1 else ""
+    line = f"{where}: {what}; {pick_precision('auto', pick_device('auto'))}, scale {profile()!r}"
+    advice = "; training is shorter than on a GPU (Settings → Accelerator → GPU T4 x2)"
+    return line + (advice if kaggle_run() and not gpus else "")
 
 
 def in_notebook() -> bool:
@@ -2338,7 +2382,7 @@ class ProgressBar(Callback):
     def on_train_begin(self, gan: Trainer) -> None:
         """Open the bar; where nobody watches it live, it stays away and each epoch has its line anyway."""
         left = (gan.last_epoch - gan.epoch) * len(gan.images) - gan.position
-        live = sys.stderr.isatty() or (in_notebook() and os.environ.get("KAGGLE_KERNEL_RUN_TYPE") != "Batch")
+        live = sys.stderr.isatty() or (in_notebook() and kaggle_run() != "Batch")
         self.bar = tqdm(total=max(0, left), unit="img", unit_scale=True, leave=False, mininterval=0.5, disable=not live)
 
     def on_batch_end(self, gan: Trainer) -> None:
@@ -2406,6 +2450,8 @@ class BatchLines(Callback):
     def on_batch_end(self, gan: Trainer) -> None:
         """Print one line per `log_every` batches of an epoch."""
         log = gan.history.batches
+        if kaggle_run() == "Batch":  # a log that nobody watches: the epoch's lines do
+            return
         if gan.position and gan.batch % gan.config.log_every == 0 and log["step"]:
             tqdm.write(
                 f"Epoch {gan.epoch + 1}/{gan.last_epoch} | Batch {gan.batch} | D_loss: {log['loss_D'][-1]:.4f} | "

@@ -12,12 +12,14 @@ Measured on one CPU core without bf16: 576 images/s, all ten digits readable aft
 
 `DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.
 The sections stand in the order in which the data walks through them, and a section calls only sections above it:
-Config, data, models, losses and steps, training, health, evaluation, pictures, saving, recipes, command line.
+Config, data, models, losses and steps, training, health, evaluation, pictures, interaction, saving, recipes, command
+line.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import copy
 import csv
@@ -27,6 +29,7 @@ import functools
 import gzip
 import hashlib
 import html
+import io
 import json
 import math
 import os
@@ -55,7 +58,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
@@ -210,6 +215,20 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.9) or [k for k in known if k.lower() == name.lower()]
     close = close or difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(sorted(known))}"
+
+
+def parse_fields(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return Config fields from FIELD=VALUE texts; a value that is not JSON is taken as a word."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r} is not FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
 
 
 # === Data: IDX, CSV and torchvision's sets become one uint8 tensor ====================================================
@@ -909,6 +928,12 @@ class Trainer:
             for group in optimizer.param_groups:
                 group.update({name: value for name, value in optimizer_settings(config).items() if name in group})
 
+    def restart(self) -> None:
+        """Begin anew with fresh networks and an empty history; Config and data stay."""
+        data = {name: vars(self)[name] for name in ("images", "labels", "_source")}
+        self.__init__(self.config)
+        vars(self).update(data)
+
     # ------------------------------------------------------------------------------------------------ the loop
     def train(
         self,
@@ -1006,7 +1031,7 @@ class Trainer:
             if turn or not self.config.detach:  # the graph of the first fakes is used up
                 fake = self._fake(len(real), labels)
             measured |= train_generator(self, fake, labels)
-        if self.average is not None:
+        if self.average is not None and self.config.g_steps:
             self._update_average()
         self.step += 1
         self._rows.append(torch.stack([measured[name] for name in METRICS]))
@@ -2478,6 +2503,441 @@ def balance_line(accuracy: float) -> str:
     return "✅ Training balanced!" if 0.4 <= accuracy <= 0.7 else "🟡 Slightly out of balance"
 
 
+# === Interaction: a cockpit that plays, pauses and steers; a thin shell over functions that draw without it ===========
+LOOK_IMAGES = 20  # fixed-noise samples in one look: four rows of five are large enough to judge
+KEPT_LOOKS = 300  # when there are more, every second one goes
+SCENARIOS: dict[str, Callable[[Config], dict[str, Any]]] = {  # changes to the Config that the cockpit began with
+    "balanced": lambda c: {},
+    "D too strong": lambda c: {"d_steps": 5, "lr_G": c.lr_G / 20},
+    "D too weak": lambda c: {"lr_D": c.lr_D / 50, "g_steps": 5},
+    "no detach": lambda c: {"detach": False},
+    "collapse": lambda c: {"lr_G": min(1.0, 20 * c.lr_G), "g_steps": 3},
+    "learning rates × 10": lambda c: {"lr_G": min(1.0, 10 * c.lr_G), "lr_D": min(1.0, 10 * c.lr_D)},
+}
+_CONTROLS: dict[str, tuple[str, str, dict[str, Any]]] = {  # Config field: ipywidgets class, label, range
+    "lr_D": ("FloatLogSlider", "D learning rate", {"min": -6, "max": 0, "step": 0.05, "readout_format": ".1e"}),
+    "lr_G": ("FloatLogSlider", "G learning rate", {"min": -6, "max": 0, "step": 0.05, "readout_format": ".1e"}),
+    "d_steps": ("IntSlider", "D steps (0 freezes)", {"min": 0, "max": 5}),
+    "g_steps": ("IntSlider", "G steps (0 freezes)", {"min": 0, "max": 5}),
+    "real_label_smooth": ("FloatSlider", "label of real", {"min": 0, "max": 1, "step": 0.05}),
+    "fake_label_smooth": ("FloatSlider", "label of fake", {"min": 0, "max": 1, "step": 0.05}),
+    "noise_D": ("FloatSlider", "noise on D's input", {"min": 0, "max": 1, "step": 0.05}),
+    "detach": ("Checkbox", "detach fakes in D's step", {}),
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look at a GAN shows: fixed-noise images (n, 1, H, W), D's score of each (n,), readings, health."""
+
+    step: int
+    images: Tensor
+    scores: Tensor
+    config: Config
+    readings: dict[str, float]  # of the epoch under way; empty before training, as is the health panel
+    diagnosis: Diagnosis | None
+
+
+def take_look(gan: GAN, n: int = LOOK_IMAGES) -> Look:
+    """Return a look at the GAN as it is now, while it does not train; the same n latent vectors at every call."""
+    images = gan.fixed_samples(n)
+    scores = gan.score(images, gan._digits(n, None))
+    readings = gan.history.last()
+    return Look(gan.step, images, scores, gan.config, readings, gan.diagnose() if readings else None)
+
+
+def plot_look(look: Look, history: History) -> Figure:
+    """Draw a look: the images, bordered by D's score, beside losses, D's answers and diversity up to then.
+
+    Dotted lines: the equilibrium for the labels that were in force. No pyplot, so any thread may draw.
+    """
+    fig = Figure(figsize=(9.4, 3.9), dpi=92)
+    grid = fig.add_gridspec(2, 2, width_ratios=(1, 1.25), height_ratios=(8, 1), hspace=0.5, wspace=0.02)
+    grid.update(left=0.005, right=0.985, top=0.88, bottom=0.08)
+    plot_scored(look.images, look.scores, look.config, fig.add_subplot(grid[:, 0]))
+    charts = grid[0, 1].subgridspec(1, 2, wspace=0.28).subplots()
+    known = sum(step <= look.step for step in history.batches["step"])
+    balance = discriminator_loss_bounds(look.config)[1]
+    m = (look.config.real_label_smooth + look.config.fake_label_smooth) / 2
+    lines = {"loss_D": balance, "loss_G": generator_loss_at_equilibrium(look.config), "D_x": m, "D_G_z": m}
+    names = ("D", "G", "D(x), real", "D(G(z)), fake")
+    for ax, (name, line), label in zip(charts.repeat(2), lines.items(), names, strict=True):
+        colour, marker = (COLOURS["D"], "-") if name in ("loss_D", "D_x") else (COLOURS["G"], "--")
+        series = history.batches["step"][:known], history.batches[name][:known]
+        ax.plot(*series, marker, color=colour, lw=1.4, label=label)
+        ax.axhline(line, color=colour if ax is charts[0] else COLOURS["theory"], ls=":", lw=1.2)
+    charts[0].set(title=f"losses (dotted: equilibrium {balance:.2f}, {lines['loss_G']:.2f})", ylim=(0, None))
+    charts[1].set(title=f"D's answers (dotted: equilibrium {m:g})", ylim=(0, 1))
+    for ax in charts:
+        ax.set_title(ax.get_title(), fontsize=8, pad=17)
+        ax.tick_params(labelsize=7)
+        ax.set_xlabel("iteration", fontsize=7, labelpad=1)
+        ax.set_xlim(0, max(10, look.step))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=2, frameon=False)
+    _plot_gauge(look.readings.get("diversity", math.nan), fig.add_subplot(grid[1, 1]))
+    return fig
+
+
+def plot_scored(images: Tensor, scores: Tensor, config: Config, ax: plt.Axes, columns: int = 5) -> None:
+    """Draw images (n, 1, H, H) in [-1, 1], each in a frame coloured by D's score of it, which stands below."""
+    a, b, side = config.real_label_smooth, config.fake_label_smooth, images.shape[2]
+    edge, gap, below = max(1, side // 14), side // 6, side // 3
+    colours = LinearSegmentedColormap.from_list("score", [COLOURS["G"], "#dddddd", COLOURS["D"]])
+    canvas = np.ones((math.ceil(len(images) / columns) * (side + below), columns * (side + gap), 3))
+    for k, (image, score) in enumerate(zip(images[:, 0].numpy(), scores.tolist(), strict=True)):
+        top, left = k // columns * (side + below), k % columns * (side + gap)
+        canvas[top : top + side, left : left + side] = colours((score - b) / (a - b))[:3]
+        inner = slice(top + edge, top + side - edge), slice(left + edge, left + side - edge)
+        canvas[inner] = (image[edge : side - edge, edge : side - edge, None] + 1) / 2  # the rim of a digit is black
+        ax.text(left + side / 2, top + side + 0.45 * below, f"{score:.2f}", ha="center", va="center", fontsize=7)
+    ax.imshow(canvas, interpolation="nearest")
+    ax.set_axis_off()
+    ax.set_title(f"G's images; below: what D says (orange: fake, {b:g}; blue: real, {a:g})", fontsize=8)
+
+
+def _plot_gauge(diversity: float, ax: plt.Axes) -> None:
+    """Draw the diversity of the samples as a bar over its healthy band."""
+    ax.axvspan(0.7, 1.3, color=COLOURS["third"], alpha=0.25)
+    ax.barh([0], [0 if math.isnan(diversity) else diversity], color=COLOURS["theory"], height=0.5)
+    ax.set(xlim=(0, 1.6), yticks=[], xticks=[0, 0.4, 0.7, 1, 1.3])
+    value = "not known yet" if math.isnan(diversity) else f"{diversity:.2f}"
+    ax.set_title(
+        f"diversity of the samples: {value} (0: all alike; 1: as real digits; green band: healthy)", fontsize=8
+    )
+    ax.tick_params(labelsize=7)
+
+
+def figure_png(figure: Figure) -> bytes:
+    """Return the figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def run_text(
+    kind: type[GAN], config: Config, images: int, changes: Sequence[tuple[int, dict[str, Any]]], steps: int
+) -> str:
+    """Return a run as one line, which `GAN.replay` repeats: recipe and fields | step and changes | … | last step.
+
+    images: length of the data.
+    """
+    usual = vars(kind.defaults) | {"out_dir": config.out_dir, "device": config.device}
+
+    def fields(values: dict[str, Any]) -> str:
+        """Return name=value, as the command line's --set takes it."""
+        return "".join(f" {name}={value}" for name, value in values.items())
+
+    head = kind.recipe + fields({name: v for name, v in vars(config).items() if v != usual[name]} | {"images": images})
+    return " | ".join([head, *(f"{step}{fields(change)}" for step, change in changes), str(steps)])
+
+
+class StopAt(Callback):
+    """End the run after so many iterations in all."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_batch_end(self, gan: Trainer) -> None:
+        """Stop there."""
+        if gan.step >= self.step:
+            gan.stop(f"iteration {self.step}")
+
+
+class Cockpit(Callback):
+    """Play, pause, step and steer a GAN's training in a notebook, and look back at what it drew.
+
+    data: as for `train`. callbacks: further ones. It trains on a thread of its own, one stretch at a time: a look, a
+    change or Pause ends the stretch after a batch, so the GAN is whole whenever it stands still; do not use it while it
+    plays. An error ends playing and stands in the panel (`.error`). `.looks` holds the looks, `.text` the run as one
+    line that `GAN.replay` repeats, as long as nothing else drew from torch's generator meanwhile.
+    """
+
+    def __init__(self, gan: GAN, data: Any = "mnist", callbacks: Sequence[Callback] = ()) -> None:
+        gan._set_data(data)
+        gan.reconfigure(lr_schedule="constant", log_every=10)  # a slider says what it does; charts want fine points
+        self.gan, self.callbacks, self.base = gan, [self, *callbacks], gan.config
+        self.settings = {name: getattr(gan.config, name) for name in _CONTROLS}  # wanted from the next batch on
+        self._solo: dict[str, int] = {}  # the player that stands still during a step of the other
+        self._thread: threading.Thread | None = None
+        self._pausing, self._pace, self._due, self._state = threading.Event(), 0.0, 0.0, "ready: press Play or Step"
+        with suppress(RuntimeError):
+            self._loop = asyncio.get_running_loop()  # the kernel's, on which widgets live
+        self._begin()
+        self._build()
+        self._look()
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    def _begin(self) -> None:
+        self.looks: list[tuple[Look, bytes]] = []
+        self.error: Exception | None = None
+        self._start, self._changes = (self.gan.step, self.gan.config), []
+
+    # ------------------------------------------------------------------------------------------------ what one does
+    @property
+    def playing(self) -> bool:
+        """Return whether it trains at the moment."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def play(self, batches: float = math.inf, alone: str = "") -> None:
+        """Train on, for so many batches or until `pause`; alone: "D" or "G", whose weights alone may move."""
+        if self.playing:
+            return self._say("it is playing: pause first")
+        self._solo = {"": {}, "D": {"g_steps": 0}, "G": {"d_steps": 0}}[alone]
+        self.error = None
+        self._pausing.clear()
+        self._say("playing …")
+        self._lock(True)
+        self._thread = threading.Thread(target=self._train, args=(self.gan.step + batches,), daemon=True)
+        self._thread.start()
+
+    def pause(self, wait: bool = False) -> None:
+        """Stop after the batch under way; wait: return only then."""
+        self._pausing.set()
+        if self.playing:
+            self._say("pausing after this batch …")
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when it no longer trains."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def reset(self) -> None:
+        """Begin anew: fresh networks from the same seed, the settings as they stand."""
+        self.pause(wait=True)
+        self.gan.restart()
+        self._begin()
+        self._look()
+
+    def change(self, **settings: Any) -> None:
+        """Change settings from the next batch on; raises ValueError for a value out of range."""
+        self._want(settings)
+        for name, value in settings.items():
+            self.controls[name].value = value
+
+    def _want(self, settings: dict[str, Any]) -> None:
+        configure(self.gan.config, **(self.settings | settings))  # raises ValueError
+        self.settings = self.settings | settings
+        if not self.playing:
+            self._apply()
+
+    def scenario(self, name: str) -> None:
+        """Set everything as a named scenario has it."""
+        self.change(**{field: getattr(self.base, field) for field in _CONTROLS} | SCENARIOS[name](self.base))
+
+    @property
+    def text(self) -> str:
+        """Return the run as one line."""
+        step, config = self._start
+        if step:
+            return "it began with a trained GAN: Reset, and a line that reproduces the run will stand here"
+        return run_text(type(self.gan), config, len(self.gan.images), self._changes, self.gan.step)
+
+    # ------------------------------------------------------------------------------------------------ the thread
+    def _train(self, last: float) -> None:
+        """Train in stretches until `last` iterations or a pause; an error goes to the panel."""
+        try:
+            self._due, self._last = time.perf_counter() + 1, last
+            while self.gan.step < last and not self._pausing.is_set():
+                self._apply()
+                self.gan.train(1, data=self.gan._source, callbacks=self.callbacks)
+                self._look()
+        except Exception as error:
+            self.error = error
+        finally:
+            self._solo = {}
+            self._apply()
+            self._post(self._rest)
+
+    def on_batch_end(self, gan: Trainer) -> None:
+        """End the stretch when there is something to do."""
+        self._pausing.wait(self._pace)
+        wanted = self.settings | self._solo
+        changed = any(getattr(gan.config, name) != value for name, value in wanted.items())
+        if changed or self._pausing.is_set() or gan.step >= self._last or time.perf_counter() >= self._due:
+            gan.stop("a look")
+
+    def _apply(self) -> None:
+        """Bring the settings into force, between two batches, and note when."""
+        wanted = self.settings | self._solo
+        new = {name: value for name, value in wanted.items() if getattr(self.gan.config, name) != value}
+        if new:
+            self.gan.reconfigure(**new)
+            self._changes.append((self.gan.step, new))
+
+    def _look(self) -> None:
+        """Take a look, draw it and show it; looks take at most a fifth of the time."""
+        start = time.perf_counter()
+        look = take_look(self.gan)
+        kept = self.looks[::2] if len(self.looks) >= KEPT_LOOKS else self.looks
+        self.looks = [*kept, (look, figure_png(plot_look(look, self.gan.history)))]
+        self._post(self._show_newest)
+        now = time.perf_counter()
+        self._due = now + max(1.0, 4 * (now - start))
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """Run it on the kernel's main thread, where widgets are at home; without a kernel, here and now."""
+        if self._loop is None or threading.current_thread() is threading.main_thread():
+            action()
+        else:
+            self._loop.call_soon_threadsafe(action)
+
+    # ------------------------------------------------------------------------------------------------ what one sees
+    def _build(self) -> None:
+        """Make the widgets; each is named, and the tab key reaches all of them in this order."""
+        import ipywidgets as w
+
+        wide = w.Layout(width="99%")
+        self.status, self.picture, self.panel = w.HTML(), w.Image(format="png", layout=wide), w.HTML(layout=wide)
+        self.picture.layout.max_width = "870px"
+        self.amount = w.Dropdown(options=[("1 batch", 1), ("10 batches", 10), ("1 epoch", 0)], description="a step is")
+        actions = {
+            ("Play", "play"): self.play,
+            ("Pause", "pause"): self.pause,
+            ("Step D", "step-forward"): lambda: self.play(self._batches(), alone="D"),
+            ("Step G", "step-forward"): lambda: self.play(self._batches(), alone="G"),
+            ("Step both", "fast-forward"): lambda: self.play(self._batches()),
+            ("Reset", "refresh"): self.reset,
+        }
+        self.buttons = {}
+        for (name, icon), action in actions.items():
+            self.buttons[name] = w.Button(description=name, icon=icon, layout=w.Layout(width="auto"))
+            self.buttons[name].on_click(lambda _, action=action: action())
+        paces = [("full speed", 0.0), ("5 batches/s", 0.2), ("1 batch/s", 1.0)]
+        self.pace = w.Dropdown(options=paces, description="speed")
+        self.pace.observe(lambda event: setattr(self, "_pace", event.new), "value")
+        self.chosen = w.Dropdown(options=list(SCENARIOS), description="scenario")
+        self.chosen.observe(lambda event: self.scenario(event.new), "value")
+        self.controls = {name: self._control(w, name, *_CONTROLS[name]) for name in _CONTROLS}
+        self.scrub = w.IntSlider(min=0, max=0, description="look back", readout=False, layout=wide)
+        self.scrub.observe(lambda event: self._show(), "value")
+        self.line = w.Text(description="this run", disabled=True, layout=wide)
+        row = w.Layout(flex_flow="row wrap")
+        buttons = w.HBox([*self.buttons.values(), self.amount], layout=row)
+        choices, controls = w.HBox([self.pace, self.chosen], layout=row), w.HBox([*self.controls.values()], layout=row)
+        self.box = w.VBox([buttons, choices, self.status, self.picture, self.scrub, controls, self.panel, self.line])
+        self._lock(False)
+
+    def _control(self, w: Any, name: str, kind: str, label: str, limits: dict[str, Any]) -> Any:
+        """Return the labelled widget that steers one Config field."""
+        style, layout = {"description_width": "130px"}, w.Layout(width="48%")
+        control = getattr(w, kind)(value=self.settings[name], description=label, style=style, layout=layout, **limits)
+        if kind == "Checkbox":
+            control.indent = False
+
+        def steer(event: Any) -> None:
+            """Take over a value that the user chose, to three digits; say why where it cannot be."""
+            if event.new != self.settings[name]:
+                value = float(f"{event.new:.3g}") if isinstance(event.new, float) else event.new
+                try:
+                    self._want({name: value})
+                except ValueError as error:
+                    control.value = self.settings[name]
+                    self._say(f"⚠️ {error}")
+
+        control.observe(steer, "value")
+        return control
+
+    def _batches(self) -> int:
+        """Return how many batches a step takes."""
+        config = self.gan.config
+        return self.amount.value or len(self.gan.images) // (config.batch_size * max(1, config.d_steps))
+
+    def _lock(self, playing: bool) -> None:
+        for name, button in self.buttons.items():
+            button.disabled = playing != (name == "Pause")
+
+    def _rest(self) -> None:
+        """Say that it stands still, and why."""
+        self._lock(False)
+        self._show()
+        self._say("paused" if self.error is None else "stopped by an error")
+
+    def _say(self, text: str) -> None:
+        """Show what it does, and where training and time slider stand."""
+        self._state = text
+        gan, shown, newest = self.gan, self._shown()[0].step, self.looks[-1][0].step
+        where = f"epoch {gan.epoch + gan.position / len(gan.images):.2f} · iteration {gan.step}"
+        where += f" · looking back at iteration {shown}" if shown != newest else ""
+        where += f" · {gan.history.last().get('images_per_second', 0):.0f} images/s"
+        self.status.value = f"<b>{html.escape(text)}</b> · {where} · {ICONS[self._health()]} {WORDS[self._health()]}"
+
+    def _health(self) -> str:
+        """Return the status of the look that is shown: yellow before there are readings, red after an error."""
+        diagnosis = self._shown()[0].diagnosis
+        return "red" if self.error is not None else diagnosis.status if diagnosis else "yellow"
+
+    def _shown(self) -> tuple[Look, bytes]:
+        looks = self.looks  # the training thread puts a new list there
+        return looks[min(self.scrub.value, len(looks) - 1)]
+
+    def _show_newest(self) -> None:
+        """Move the time slider on, unless the user is looking back."""
+        following, newest = self.scrub.value >= self.scrub.max, len(self.looks) - 1
+        self.scrub.max = newest
+        if following and self.scrub.value != newest:
+            self.scrub.value = newest  # which shows it
+        else:
+            self._show()
+
+    def _show(self) -> None:
+        """Show the look that the time slider points at, its health, and the run as one line."""
+        look, self.picture.value = self._shown()
+        health = panel_html(look.diagnosis) if look.diagnosis else "press Play or Step: there are no readings yet"
+        if self.error is not None:
+            health = f"🔴 <b>Training has stopped:</b> {html.escape(f'{type(self.error).__name__}: {self.error}')}"
+        colour = {"green": COLOURS["third"], "yellow": "#E69F00", "red": COLOURS["G"]}
+        edge = f"border-left:8px solid {colour[self._health()]};padding-left:8px"
+        self.panel.value = f"<div style='{edge}'>{health}</div>"
+        self.line.value = self.text
+        self._say(self._state)
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """Return the widgets, and the newest picture for pages that show none."""
+        still = {"image/png": base64.b64encode(self.looks[-1][1]).decode(), "text/plain": repr(self)}
+        return {**self.box._repr_mimebundle_(**kwargs), **still}
+
+    def __repr__(self) -> str:
+        return f"Cockpit({type(self.gan).__name__}, iteration {self.gan.step})"
+
+
+def explore(draw: Callable[..., Figure], **ranges: Any) -> Any:
+    """Return a slider for each argument of `draw`, over the picture that it draws.
+
+    ranges: (low, high) or (low, high, step) for each. Unlike ipywidgets' interact it needs no Output widget, which
+    saved pages and some front ends do not show.
+    """
+    import ipywidgets as w
+
+    sliders = {name: w.interactive.widget_from_abbrev(limits) for name, limits in ranges.items()}
+    picture = w.Image(format="png", layout=w.Layout(align_self="flex-start"))
+
+    def show(event: Any = None) -> None:
+        """Draw what the sliders say."""
+        picture.value = figure_png(draw(**{name: slider.value for name, slider in sliders.items()}))
+
+    for name, slider in sliders.items():
+        slider.description = name
+        slider.observe(show, "value")
+    show()
+    return w.VBox([*sliders.values(), picture])
+
+
+def principal_directions(gan: Trainer, k: int = 4) -> Tensor:
+    """Return the k unit directions of z (k, nz) that change G's first layer most, the strongest first.
+
+    The leading right singular vectors of its weights: SeFa (Shen & Zhou 2021), which needs no samples.
+    """
+    generator = gan.average if gan.average is not None else gan.generator
+    first = next(m for m in generator.modules() if isinstance(m, (nn.Linear, nn.ConvTranspose2d)))
+    weight = first.weight.detach().float().cpu()
+    weight = weight.flatten(1).T if isinstance(first, nn.ConvTranspose2d) else weight[:, : gan.config.nz]
+    return torch.linalg.svd(weight, full_matrices=False).Vh[:k]
+
+
 # === Saving: safetensors for tensors, JSON for the rest; loading never runs code from a file ==========================
 class CheckpointError(ValueError):
     """Say why a checkpoint cannot be loaded and what to do."""
@@ -2755,6 +3215,30 @@ class GAN(Trainer):
         gan.last_checkpoint = path
         return gan
 
+    @classmethod
+    def replay(cls, text: str, data: Any = "mnist") -> GAN:
+        """Return the GAN of a run that `run_text` wrote as one line, trained to its end on the same data.
+
+        data: a source of `load_images` or (images, labels); as many as the line says are taken from its beginning.
+        Raises ValueError for a line or data that do not fit.
+        """
+        (recipe, *fields), *acts = (part.split() or [""] for part in text.split("|"))
+        if recipe not in RECIPES:
+            raise ValueError(f"{text!r} names no recipe{nearest_name(recipe, list(RECIPES))}")
+        if not all(step.isdecimal() for step, *_ in acts):
+            raise ValueError(f"{text!r}: after each | stands an iteration, then FIELD=VALUE")
+        fields = parse_fields(fields)
+        n, kind = fields.pop("images", 0), RECIPES[recipe]
+        images, labels = load_images(data) if isinstance(data, (str, Path)) else data
+        if not 0 < n <= len(images):
+            raise ValueError(f"the run was made with {n:,} images, the data hold {len(images):,}")
+        gan, data = kind(configure(kind.defaults, **fields)), (images[:n], labels[:n])
+        for step, *changes in acts:
+            while gan.step < int(step):
+                gan.train(1, data=data, callbacks=[StopAt(int(step))])
+            gan.reconfigure(**parse_fields(changes))
+        return gan
+
 
 class DCGAN(GAN):
     """The 64×64 PyTorch recipe: BatchNorm in both networks, labels 0.85 and 0.2 (Radford et al. 2015)."""
@@ -2879,7 +3363,7 @@ def _train_command(options: argparse.Namespace) -> int:
     """Train or resume, with a checkpoint after every epoch."""
     if options.recipe is not None and options.recipe not in RECIPES:
         raise ValueError(f"no recipe {options.recipe!r}{nearest_name(options.recipe, list(RECIPES))}")
-    overrides = {"out_dir": str(options.out), **_parse_fields(options.set)}
+    overrides = {"out_dir": str(options.out), **parse_fields(options.set)}
     if options.epochs is not None:
         overrides["num_epochs"] = options.epochs
     if options.resume:
@@ -2897,20 +3381,6 @@ def _train_command(options: argparse.Namespace) -> int:
         gan.generate_images("FINAL")
         print(f"checkpoint: {gan.last_checkpoint}   pictures: {gan.folder}")
     return 0
-
-
-def _parse_fields(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return Config fields from FIELD=VALUE texts; a value that is not JSON is taken as a word."""
-    fields = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--set {pair!r} is not FIELD=VALUE")
-        try:
-            fields[name] = json.loads(value.lower() if value in ("True", "False") else value)
-        except json.JSONDecodeError:
-            fields[name] = value
-    return fields
 
 
 def _sample_command(options: argparse.Namespace) -> int:

@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     work, results = ROOT / "outputs" / "full_run" / options.name, ROOT / "results" / options.name
-    overrides = {"out_dir": str(work), **du._parse_fields(options.set)}
+    overrides = {"out_dir": str(work), **du.parse_fields(options.set)}
     if options.epochs:
         overrides["num_epochs"] = options.epochs
     kind = du.RECIPES[options.recipe]

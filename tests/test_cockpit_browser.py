@@ -161,10 +161,27 @@ class Lab:
         for _ in range(times):
             self.page.keyboard.press(key)
 
+    def close(self):
+        """End the server; its kernel ends with it."""
+        self.server.terminate()
+        try:
+            self.server.wait(timeout=15)
+        except subprocess.TimeoutExpired:
+            self.server.kill()
+
     def shot(self, name):
         """Keep a picture of the page."""
         SHOTS.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=SHOTS / f"{self.app}_{name}.png")
+
+
+def open_browser(driver, profile, height=1150):
+    """Return Chromium with one empty page, 1280 pixels wide."""
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]
+    size = {"width": 1280, "height": height}
+    return driver.chromium.launch_persistent_context(
+        profile, executable_path=CHROMIUM, args=QUIET.split() + sandbox, viewport=size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,13 +190,7 @@ def lab(tmp_path_factory, root):
     lab = Lab(tmp_path_factory.mktemp("lab"), root, os.environ.get("DCGAN_BROWSER_APP", "lab"))
     try:
         with playwright.sync_playwright() as driver, tempfile.TemporaryDirectory() as profile:
-            sandbox = [] if os.geteuid() else ["--no-sandbox"]
-            context = driver.chromium.launch_persistent_context(
-                profile,
-                executable_path=CHROMIUM,
-                args=QUIET.split() + sandbox,
-                viewport={"width": 1280, "height": 1150},
-            )
+            context = open_browser(driver, profile)
             try:
                 lab.open(context.pages[0])
                 yield lab
@@ -187,11 +198,7 @@ def lab(tmp_path_factory, root):
                 lab.shot("last")
                 context.close()
     finally:
-        lab.server.terminate()
-        try:
-            lab.server.wait(timeout=15)
-        except subprocess.TimeoutExpired:
-            lab.server.kill()  # its kernel ends with it
+        lab.close()
 
 
 def test_a_learner_plays_steps_steers_breaks_and_looks_back(lab):

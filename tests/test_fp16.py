@@ -111,7 +111,7 @@ def test_training_goes_on_after_several_skipped_steps(broken, data):
 def test_d_keeps_no_gradient_of_gs_step_that_a_later_unscaling_could_meet(data):
     gan = scaled(du.DCGAN)
     one_iteration(gan, data)
-    kept = [p.grad.clone() for p in gan.discriminator.parameters()]
+    assert all(p.grad is None for p in gan.discriminator.parameters())  # cleared after its own step
     with gan._own_rng():
         du.train_generator(gan, gan._fake(16, None), None)
-    assert all(torch.equal(a, p.grad) for a, p in zip(kept, gan.discriminator.parameters(), strict=True))
+    assert all(p.grad is None for p in gan.discriminator.parameters())

@@ -7,7 +7,7 @@
     gan.generate_images()                     # a figure, also saved under outputs/
     gan.save("outputs/my_gan")                # safetensors + JSON; FastDCGAN.load("outputs/my_gan") goes on
 
-Measured on one CPU core without bf16: 576 images/s, all ten digits readable after 90 s
+Measured on one core, without bf16, of a busy machine: 515 images/s, all ten digits readable after 90 s
 (`python tools/full_run.py --recipe fast --name fast --slice 90 --minutes 1.5`, picture in results/fast).
 
 `DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.

@@ -5,7 +5,7 @@ python kaggle/build.py --check    # exit code 1, and the names of what is stale,
 
 `kaggle kernels push` uploads one file and nothing beside it, so each built notebook begins with a folded cell that
 writes `dcgan_utils.py`: as plain text, which a reader can unfold, read and change; compressed it would be a third of
-the size and say nothing. The judge's weights follow as base64 in those notebooks alone that evaluate.
+the size and say nothing. The judge's weights follow as base64 in those notebooks alone that train or evaluate.
 kaggle/dataset/ is the other way: the same files as a data set that one attaches to notebooks (its copies are not
 committed). Everything here but this file is made by it.
 """
@@ -28,7 +28,7 @@ MNIST = "hojjatk/mnist-dataset"
 SERIES = "DCGAN on MNIST"  # with a notebook's name behind it: Kaggle's title, 5 to 50 characters
 DATASET = "DCGAN utils"
 FOLDED = {"_kg_hide-input": True, "jupyter": {"source_hidden": True}, "cellView": "form"}  # Kaggle, Jupyter, Colab
-EVALUATES = re.compile(r"judge|\.evaluate\(", re.IGNORECASE)
+USES_JUDGE = re.compile(r"judge|\.evaluate\(|\.train\(|Cockpit\(", re.IGNORECASE)  # training reads its samples
 SETUP = f"""**Setup.** The folded cell below writes `dcgan_utils.py`, the module behind this series, into the working
 folder, so this notebook runs by itself. To change the module, edit that cell and restart the run.
 
@@ -95,7 +95,7 @@ def setup_cells(notebook: dict) -> list[dict]:
         cell("code", "setup-module", f"%%writefile {MODULE.name}\n{MODULE.read_text().rstrip()}", **FOLDED),
     ]
     code = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
-    if JUDGE.is_file() and EVALUATES.search(code):
+    if JUDGE.is_file() and USES_JUDGE.search(code):
         cells.append(cell("code", "setup-judge", judge_source(), **FOLDED))
     return [*cells, cell("code", "setup-machine", "import dcgan_utils\n\nprint(dcgan_utils.describe_machine())")]
 

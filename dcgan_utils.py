@@ -2898,7 +2898,8 @@ class Cockpit(Callback):
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Return the widgets, and the newest picture for pages that show none."""
         still = {"image/png": base64.b64encode(self.looks[-1][1]).decode(), "text/plain": repr(self)}
-        return {**self.box._repr_mimebundle_(**kwargs), **still}
+        # Kaggle's saved page would show neither: it prefers the widget, which has no kernel there
+        return still if kaggle_run() == "Batch" else {**self.box._repr_mimebundle_(**kwargs), **still}
 
     def __repr__(self) -> str:
         return f"Cockpit({type(self.gan).__name__}, iteration {self.gan.step})"

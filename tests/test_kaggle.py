@@ -221,9 +221,10 @@ def test_the_client_uploads_the_data_set(kaggle, copy):
     printed, calls = kaggle("datasets", "create", "-p", str(copy / "kaggle" / "dataset"))
     assert "being created" in printed
     uploads = [body for call, body in calls if call == "upload"]
-    assert uploads == [(ROOT / "dcgan_utils.py").read_bytes()]
+    files = (ROOT / "dcgan_utils.py", ROOT / "data" / "judge.safetensors")
+    assert sorted(uploads) == sorted(path.read_bytes() for path in files)
     created = next(json.loads(body) for call, body in calls if call == "CreateDataset")
-    assert (created["slug"], created["licenseName"], len(created["files"])) == ("dcgan-utils", "MIT", 1)
+    assert (created["slug"], created["licenseName"], len(created["files"])) == ("dcgan-utils", "MIT", 2)
 
 
 # ---------------------------------------------------------------------------------------------------- the stand-in

@@ -54,6 +54,8 @@ def copy(tmp_path) -> Path:
     for name in ("kaggle", "notebooks"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("outputs", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "dcgan_utils.py", tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copy(ROOT / "data" / "judge.safetensors", tmp_path / "data")
     assert build(tmp_path).returncode == 0
     return tmp_path
 
@@ -85,7 +87,7 @@ def test_a_name_that_makes_too_long_a_title_is_refused(copy):
 
 def test_the_judge_travels_with_the_notebooks_that_evaluate_only(copy, tmp_path, monkeypatch):
     weights = {"weight": torch.arange(6.0)}
-    (copy / "data").mkdir()
+    (copy / "data").mkdir(exist_ok=True)
     save_file(weights, copy / "data" / "judge.safetensors")
     for name, source in (("98_asks", "gan.evaluate(n=100)"), ("99_does_not", "evaluate = 3")):
         cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell(source)]

@@ -545,11 +545,12 @@ class FastGenerator(nn.Module):
         w = config.ngf
         norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
         self.embedding = nn.Embedding(config.num_classes, 32) if config.conditional else None
-        self.dense = nn.Linear(config.nz + (32 if config.conditional else 0), self.side**2 * 2 * w, bias=False)
+        self.dense = nn.Linear(config.nz + (32 if config.conditional else 0), self.side**2 * 4 * w, bias=False)
         self.layers = nn.Sequential(
-            norm(2 * w),
+            norm(4 * w),
             nn.ReLU(inplace=True),  # (N, 128, 7, 7)
-            *hidden(double(2 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 64, 14, 14)
+            # the dearest layer of both networks: 32 maps here in place of 64 are a quarter more images a second
+            *hidden(double(4 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 32, 14, 14)
             nn.Conv2d(w, 4, kernel_size=3, padding=1),  # four maps at 14×14 cost what one at 28×28 would, and
             nn.PixelShuffle(2),  # (N, 1, 28, 28): no 64 maps of that size are needed
             nn.Tanh(),
@@ -3290,8 +3291,10 @@ class FastDCGAN(GAN):
     defaults = Config(
         image_size=28,
         nz=64,
+        ngf=32,
         ndf=32,
         conditional=True,  # one chooses the digit, and labels speed learning up
+        batch_size=64,  # twice the updates for the same images
         num_epochs=4,
         lr_G=2e-3,  # ten times DCGAN's: small networks bear it, and the schedule ends at 0
         lr_D=2e-3,

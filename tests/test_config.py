@@ -202,7 +202,7 @@ def test_configure_checks_the_values_too():
         (
             du.FastDCGAN,
             {
-                "batch_size": 128, "image_size": 28, "nz": 64, "ngf": 64, "ndf": 32, "optimizer": "adam",
+                "batch_size": 64, "image_size": 28, "nz": 64, "ngf": 32, "ndf": 32, "optimizer": "adam",
                 "lr_G": 2e-3, "lr_D": 2e-3, "beta1": 0.5, "beta2": 0.99, "lr_schedule": "linear_tail",
                 "real_label_smooth": 0.9, "fake_label_smooth": 0.0, "ema": 0.99, "conditional": True,
             },

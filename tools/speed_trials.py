@@ -374,7 +374,7 @@ IDEAS: dict[str, Idea] = {
         verdict="open: best recall at B's distance, but fewer read as asked",
     ),
     "B, pairs, R1 0.05, rates 2e-3": ON_B.but(
-        "weaker still", init="he", batch_norm_D=False, loss="pairs", r1=0.05, timed_as="B, pairs, R1", verdict="open"
+        "weaker still", init="he", batch_norm_D=False, loss="pairs", r1=0.05, timed_as="B, pairs, R1", verdict="open: as with 0.2"
     ),
     "B, R1 0.2": ON_B.but(
         "B's own loss, lazy R1 in place of D's BatchNorm, kept variance",
@@ -539,8 +539,8 @@ PREFACE = [
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
     "(rates.json). On a busy machine that is good to about ±10 %: *B, rates 3e-3* was timed at 1.09, though it costs "
-    "what B does (1.27). Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* compares "
-    "the distance with the base's on the seeds that both have.", "",
+    "what B does (1.27). Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
+    "compares the distance with the base's on the seeds that both have.", "",
 ]  # fmt: skip
 
 

@@ -374,7 +374,13 @@ IDEAS: dict[str, Idea] = {
         verdict="open: best recall at B's distance, but fewer read as asked",
     ),
     "B, pairs, R1 0.05, rates 2e-3": ON_B.but(
-        "weaker still", init="he", batch_norm_D=False, loss="pairs", r1=0.05, timed_as="B, pairs, R1", verdict="open: as with 0.2"
+        "weaker still",
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        r1=0.05,
+        timed_as="B, pairs, R1",
+        verdict="open, as with 0.2",
     ),
     "B, R1 0.2": ON_B.but(
         "B's own loss, lazy R1 in place of D's BatchNorm, kept variance",

@@ -30,6 +30,7 @@ import gzip
 import hashlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -139,6 +140,7 @@ class Config:
     start_at_background: bool = True  # G's output bias starts at the data's median grey; False is the literal recipe
     batch_norm_G: bool = True  # False: G without BatchNorm; the 64×64 networks then hardly start
     batch_norm_D: bool = True  # False: D without BatchNorm
+    growth: float = 0.75  # share of the run in which `ProgressiveGAN` grows; 0: at full size from the start
     # remedies, off unless a recipe names them
     dropout_D: float = 0.0  # share of D's hidden activations dropped: weakens D
     dropout_G: float = 0.0  # the same in G: more varied samples
@@ -180,7 +182,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "image_size": (16, 1024), "nz": (1, 4096), "ngf": (1, 1024), "ndf": (1, 1024), "num_classes": (2, 1000),
     "batch_size": (2, 65536), "num_epochs": (0, 100_000), "seed": (0, 2**31 - 1),
     "lr_G": (0, 1), "lr_D": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999), "adam_eps": (1e-12, 1e-2),
-    "d_steps": (0, 100), "g_steps": (0, 100),
+    "d_steps": (0, 100), "g_steps": (0, 100), "growth": (0, 1),
     "real_label_smooth": (0, 1), "fake_label_smooth": (0, 1), "generator_target": (0, 1),
     "dropout_D": (0, 0.95), "dropout_G": (0, 0.95), "noise_D": (0, 10), "noise_D_batches": (0, 10**9),
     "ema": (0, 0.99999), "log_every": (1, 10**9), "save_every": (0, 10**9),
@@ -592,6 +594,141 @@ class FastDiscriminator(nn.Module):
         return logits
 
 
+class EqualisedConv2d(nn.Conv2d):
+    """Convolve with weights ~ N(0, 1) that are scaled while running: every layer then learns at the same pace.
+
+    Adam's steps have one size whatever a weight's own; He's constant in the forward pass makes that size fit every
+    layer (Karras et al. 2018, §4.1).
+    """
+
+    def __init__(self, wide: int, narrow: int, kernel_size: int = 3, gain: float = math.sqrt(2)) -> None:
+        super().__init__(wide, narrow, kernel_size=kernel_size, padding=kernel_size // 2)
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+        self.scale = gain / math.sqrt(wide * kernel_size**2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the convolution of x (N, C, H, W)."""
+        return F.conv2d(x, self.weight * self.scale, self.bias, padding=self.padding)
+
+
+class PixelNorm(nn.Module):
+    """Bring the features of every pixel to mean square 1, so that G cannot outbid D by magnitude (ibid., §4.2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (N, C, H, W) over its root mean square along C."""
+        return x * x.square().mean(dim=1, keepdim=True).add(1e-8).rsqrt()
+
+
+class MinibatchDeviation(nn.Module):
+    """Append one map that says how much the batch varies, so that D sees a lack of variety (ibid., §3)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x (N, C, H, W) as (N, C + 1, H, W)."""
+        spread = x.float().var(dim=0, unbiased=False).add(1e-8).sqrt().mean()
+        return torch.cat([x, spread.to(x.dtype).expand(len(x), 1, *x.shape[2:])], dim=1)
+
+
+class Growing(nn.Module):
+    """Hold what both progressive networks share: how far they have grown, from 4×4 to full size (ibid., §2).
+
+    `grown` is 0 at 4×4, 1 at 8×8 …; 1.25 is 8×8 with a quarter of 16×16 faded in. It is a buffer: checkpoints keep it.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        super().__init__()
+        self.doublings = int(math.log2(image_size)) - 2
+        self.register_buffer("grown", torch.zeros(()))
+
+    def grow(self, share: float) -> None:
+        """Take the size for a share 0 … 1 of the growth; each size is faded in for half its time, then trained."""
+        turn, within = divmod(min(share, 1.0) * (self.doublings + 1), 1)
+        self.grown.fill_(min(self.doublings, max(0.0, turn - 1 + min(1.0, 2 * within))))
+
+    def stage(self) -> tuple[int, float]:
+        """Return the largest size at work, counted in doublings of 4×4, and how much of it is faded in."""
+        grown = float(self.grown)
+        stage = math.ceil(grown)
+        return stage, grown - stage + 1  # the share of the newest size, 1 when it has come in wholly
+
+
+def growing_widths(doublings: int, base: int) -> list[int]:
+    """Return channels at 4×4, 8×8 …: `base` at full size and at half of it, double before."""
+    return [2 * base] * max(1, doublings - 1) + [base] * min(2, doublings)
+
+
+class ProgressiveGenerator(Growing):
+    """Map z (N, nz) to images (N, 1, S, S), made at the size it has grown to and shown at S×S; S = 16, 32, 64, …"""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.image_size)
+        widths = growing_widths(self.doublings, config.ngf)
+        act = partial(nn.LeakyReLU, 0.2, inplace=True)
+        self.first = nn.Sequential(
+            PixelNorm(),
+            EqualisedConv2d(config.nz, 16 * widths[0], kernel_size=1, gain=math.sqrt(2) / 4),  # gain: ibid., code
+            nn.PixelShuffle(4),  # (N, w, 4, 4)
+            act(),
+            PixelNorm(),
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Upsample(scale_factor=2), EqualisedConv2d(wide, narrow), act(), PixelNorm(),
+                          EqualisedConv2d(narrow, narrow), act(), PixelNorm())
+            for wide, narrow in itertools.pairwise(widths)
+        )  # fmt: skip
+        self.to_grey = nn.ModuleList(EqualisedConv2d(width, 1, kernel_size=1, gain=1.0) for width in widths)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return images (N, 1, S, S)."""
+        stage, share = self.stage()
+        x = before = self.first(z[:, :, None, None])
+        for block in self.blocks[:stage]:
+            before, x = x, block(x)
+        image = self.to_grey[stage](x)
+        if share < 1:
+            image = F.interpolate(self.to_grey[stage - 1](before), scale_factor=2).lerp(image, share)
+        return F.interpolate(image.tanh(), scale_factor=2 ** (self.doublings - stage))
+
+
+class ProgressiveDiscriminator(Growing):
+    """Map images (N, 1, S, S), brought to the size it has grown to, to logits (N,): the generator's mirror."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.image_size)
+        widths = growing_widths(self.doublings, config.ndf)
+        act = partial(nn.LeakyReLU, 0.2, inplace=True)
+        self.from_grey = nn.ModuleList(
+            nn.Sequential(EqualisedConv2d(1, width, kernel_size=1), act()) for width in widths
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(EqualisedConv2d(narrow, narrow), act(), EqualisedConv2d(narrow, wide), act(),
+                          nn.AvgPool2d(2))
+            for wide, narrow in itertools.pairwise(widths)
+        )  # fmt: skip
+        w = widths[0]
+        self.last = nn.Sequential(
+            MinibatchDeviation(),
+            EqualisedConv2d(w + 1, w),
+            act(),
+            nn.PixelUnshuffle(4),  # (N, 16 w, 1, 1)
+            EqualisedConv2d(16 * w, 1, kernel_size=1, gain=1.0),
+        )
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return logits (N,) for images (N, 1, S, S)."""
+        stage, share = self.stage()
+        images = F.avg_pool2d(images, 2 ** (self.doublings - stage))
+        if share < 1:  # real and fake both soften while detail fades in
+            coarse = F.avg_pool2d(images, 2)
+            images = F.interpolate(coarse, scale_factor=2).lerp(images, share)
+        x = self.from_grey[stage](images)
+        for number in range(stage, 0, -1):
+            x = self.blocks[number - 1](x)
+            if number == stage and share < 1:
+                x = self.from_grey[stage - 1](coarse).lerp(x, share)
+        return self.last(x).flatten()
+
+
 def double(wide: int, narrow: int, bias: bool = False) -> nn.Module:
     """Return the convolution that doubles the side (Radford et al. 2015)."""
     return nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=bias)
@@ -910,7 +1047,10 @@ class Trainer:
         if self.world == 1:
             return network
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False)
+        idle = isinstance(network, Growing)  # layers that have not grown yet get no gradient
+        return DistributedDataParallel(
+            network, device_ids=devices, broadcast_buffers=False, find_unused_parameters=idle
+        )
 
     def reconfigure(self, **changes: Any) -> None:
         """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
@@ -989,7 +1129,7 @@ class Trainer:
         step, before = self.step, self._positions()
         for batches in self._epoch_batches():
             start = time.perf_counter()
-            self._set_learning_rates()
+            self._follow_schedule()
             with self._own_rng():
                 self._iterate(batches)
             self._sums["seconds"] += time.perf_counter() - start
@@ -1078,18 +1218,19 @@ class Trainer:
         std = self.config.noise_D * max(0.0, fade)
         return images + std * torch.randn_like(images) if std else images
 
-    def _set_learning_rates(self) -> None:
-        """Set both learning rates from the Config, which may have changed since the last batch."""
-        factor = 1.0
-        if self.config.lr_schedule == "linear_tail":
-            done = self.epoch + self.position / len(self.images)
-            share = done / max(self.config.num_epochs, self.last_epoch, 1)
-            if self._max_seconds is not None:
-                share = max(share, self._elapsed / self._max_seconds)
-            factor = max(0.0, min(1.0, 2 * (1 - share)))
+    def _follow_schedule(self) -> None:
+        """Set learning rates, and the size of networks that grow, for the share of the run that is done."""
+        done = self.epoch + self.position / len(self.images)
+        share = done / max(self.config.num_epochs, self.last_epoch, 1)
+        if self._max_seconds is not None:
+            share = max(share, self._elapsed / self._max_seconds)
+        factor = max(0.0, min(1.0, 2 * (1 - share))) if self.config.lr_schedule == "linear_tail" else 1.0
         for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
+        for network in (self.generator, self.discriminator, self.average):
+            if isinstance(network, Growing):
+                network.grow(share / self.config.growth if self.config.growth else 1.0)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -3311,7 +3452,33 @@ class FastDCGAN(GAN):
         return super().resolve(config, **overrides)
 
 
-RECIPES: dict[str, type[GAN]] = {kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN)}
+class ProgressiveGAN(GAN):
+    """Grow from 4×4 to full size, each size faded in (Karras et al. 2018)."""
+
+    recipe = "progressive"
+    networks = (ProgressiveGenerator, ProgressiveDiscriminator)
+    defaults = Config(
+        image_size=32,
+        num_epochs=10,
+        lr_G=1e-3,  # ibid., appendix A
+        lr_D=1e-3,
+        beta1=0.0,
+        beta2=0.99,
+        batch_norm_G=False,  # PixelNorm stands in its place
+        batch_norm_D=False,
+        real_label_smooth=0.9,
+        fake_label_smooth=0.0,
+        start_at_background=False,
+        ema=0.99,
+    )
+
+    @classmethod
+    def check_image_size(cls, size: int) -> None:
+        """Raise ValueError unless size is 16, 32, 64, …: growth doubles from 4×4."""
+        DCGAN.check_image_size(size)
+
+
+RECIPES: dict[str, type[GAN]] = {kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN, ProgressiveGAN)}
 
 
 # === Command line =====================================================================================================

@@ -3464,8 +3464,6 @@ class ProgressiveGAN(GAN):
         lr_D=1e-3,
         beta1=0.0,
         beta2=0.99,
-        batch_norm_G=False,  # PixelNorm stands in its place
-        batch_norm_D=False,
         real_label_smooth=0.9,
         fake_label_smooth=0.0,
         start_at_background=False,

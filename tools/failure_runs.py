@@ -223,7 +223,8 @@ def title(record: dict) -> str:
 
 def count(records: list[dict]) -> dict:
     """Return the figures: what the panel named as the cause of each fault, when, and how often it was right."""
-    causes, delays, statuses = defaultdict(Counter), defaultdict(list), Counter()
+    causes, remedies, delays = defaultdict(Counter), defaultdict(Counter), defaultdict(list)
+    statuses = Counter()
     for record in records:
         said, row = panels(record), title(record)
         named = [panel.cause.name if panel.cause else "nothing red" for panel in said]
@@ -231,6 +232,8 @@ def count(records: list[dict]) -> dict:
             causes[row].update(named)
             statuses.update(panel.status for panel in said if row == "healthy")
             continue
+        if said[-1].cause:
+            remedies[row][", ".join(said[-1].cause.changes) or "mend the code"] += 1
         fault = FAULTS[row]
         # within one epoch of the onset: what stands in the first panel after one whole epoch with the fault
         late = next((k for k, name in enumerate(named) if name in fault.names), None)
@@ -244,6 +247,7 @@ def count(records: list[dict]) -> dict:
         "red_healthy_epochs": statuses["red"],
         "yellow_healthy_epochs": statuses["yellow"],
         "confusion": {row: dict(counter) for row, counter in causes.items()},
+        "remedies": {row: dict(counter) for row, counter in remedies.items()},  # fields, of runs red at their end
         "epochs_to_detection": dict(delays),
     }
 

@@ -291,7 +291,7 @@ def test_the_theory_of_cross_entropy_is_not_shown_for_other_losses():
         ({"gap": -0.5}, "Wasserstein estimate", "lr_G"),
         ({"slope": 9.0}, "critic's slope", None),
         ({"slope": 0.01}, "critic's slope", None),
-        ({"spacing": 0.1}, "copies among samples", None),
+        ({"spacing": 0.05}, "copies among samples", None),
         ({"move_D": 0.0}, "a player stands still", None),
     ],
 )

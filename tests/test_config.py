@@ -46,6 +46,7 @@ CHOICES = {
     "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "conditional": (True, False),
+    "conditioning": ("projection", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),

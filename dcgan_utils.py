@@ -156,6 +156,7 @@ class Config:
     log_every: int = 100  # batches between two entries of history.batches and two looks for NaN
     save_every: int = 1  # epochs between two saved grids, the frames of the animation
     out_dir: str = "outputs"  # where pictures and checkpoints go
+    tracker: str = ""  # wandb | tensorboard: where every epoch is also written; empty for nowhere
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -199,6 +200,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "lr_schedule": ("constant", "linear_tail"),
     "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "tracker": ("", "wandb", "tensorboard"),
     "conditional": (True, False),
     "conditioning": ("projection", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
@@ -1464,9 +1466,7 @@ class Trainer:
         classes = self.config.num_classes
         if not self.config.conditional:
             if digits is not None:
-                raise ValueError(
-                    f"this {type(self).__name__} has no classes: digits must be None (FastDCGAN has)"
-                )
+                raise ValueError(f"this {type(self).__name__} has no classes: digits must be None (FastDCGAN has)")
             return None
         labels = torch.arange(n) % classes if digits is None else torch.as_tensor(digits).reshape(-1)
         labels = labels.expand(n) if len(labels) == 1 else labels
@@ -2698,6 +2698,82 @@ def save_picture(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+class Tracker(Callback):
+    """Write Config, every reading, health and samples of each epoch to "wandb" or "tensorboard"; `Config.tracker`.
+
+    wandb goes online with a key (WANDB_API_KEY, an earlier login, or Kaggle's secret of that name), else offline into
+    out_dir; TensorBoard's log lies in out_dir/recipe/tensorboard. Raises ImportError that says what to install.
+    """
+
+    def __init__(self, kind: str) -> None:
+        if kind not in ("wandb", "tensorboard"):
+            raise ValueError(f"tracker = {kind!r} is not one of wandb, tensorboard")
+        self.kind = kind
+
+    def on_train_begin(self, gan: GAN) -> None:
+        """Open the log before the first batch."""
+        try:
+            self.write, self.close = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}[self.kind](gan)
+        except ImportError as error:
+            raise ImportError(f"tracker = {self.kind!r} needs a package: pip install {self.kind}") from error
+
+    def on_epoch_end(self, gan: GAN) -> None:
+        """Write the epoch's line; `health` is 0 for green, 1 for yellow, 2 for red."""
+        panel = gan.diagnose()
+        line = gan.history.last() | {"health": list(ICONS).index(panel.status)}
+        grid = make_grid(gan.fixed_samples(), normalize=True, value_range=(-1, 1)).permute(1, 2, 0).numpy()
+        with or_warn("the tracker's log"):
+            self.write(gan.step, line, (grid * 255).astype(np.uint8), panel_text(panel, colour=False))
+
+    def on_train_end(self, gan: GAN) -> None:
+        """Close the log."""
+        self.close()
+
+
+def _open_tensorboard(gan: GAN) -> tuple[Callable[..., None], Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(gan.folder / "tensorboard")
+    writer.add_text("config", f"```\n{json.dumps(dataclasses.asdict(gan.config), indent=1)}\n```", gan.step)
+
+    def write(step: int, line: dict[str, float], grid: np.ndarray, panel: str) -> None:
+        """Write one epoch."""
+        for name, value in line.items():
+            writer.add_scalar(name, value, step)
+        writer.add_image("samples", grid, step, dataformats="HWC")
+        writer.add_text("panel", f"```\n{panel}\n```", step)
+        writer.flush()
+
+    return write, writer.close
+
+
+def _open_wandb(gan: GAN) -> tuple[Callable[..., None], Callable[[], None]]:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_has_key() else "offline")
+    prepare_file(gan.folder / "x")
+    config = {"recipe": gan.recipe, **dataclasses.asdict(gan.config)}
+    run = wandb.init(project="dcgan", dir=str(gan.folder), config=config, mode=mode)
+
+    def write(step: int, line: dict[str, float], grid: np.ndarray, panel: str) -> None:
+        """Write one epoch."""
+        pictures = {"samples": wandb.Image(grid), "panel": wandb.Html(f"<pre>{html.escape(panel)}</pre>")}
+        run.log({**line, **pictures}, step=step)
+
+    return write, run.finish
+
+
+def _wandb_has_key() -> bool:
+    """Return whether wandb will find a key without asking; Kaggle's secret is put where it looks."""
+    if kaggle_run() and "WANDB_API_KEY" not in os.environ:
+        with suppress(Exception):  # a fork has no secret, and what is raised then differs between releases
+            from kaggle_secrets import UserSecretsClient
+
+            os.environ["WANDB_API_KEY"] = UserSecretsClient().get_secret("WANDB_API_KEY")
+    login = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()  # what `wandb login` leaves
+    return bool(os.environ.get("WANDB_API_KEY")) or (login.is_file() and "api.wandb.ai" in login.read_text())
+
+
 class BatchLines(Callback):
     """Print the lines and epoch blocks of the 28×28 recipe's README."""
 
@@ -3348,7 +3424,8 @@ class GAN(Trainer):
 
     def default_callbacks(self) -> list[Callback]:
         """Return progress bar, the judge's reading of the classes, epoch report and saved grids."""
-        return [ProgressBar(), JudgeSamples(DIVERSITY_SAMPLES, distances=False), EpochReport(), SaveGrids()]
+        shown = [ProgressBar(), JudgeSamples(DIVERSITY_SAMPLES, distances=False), EpochReport(), SaveGrids()]
+        return [*shown, Tracker(self.config.tracker)] if self.config.tracker else shown
 
     def diagnose(self) -> Diagnosis:
         """Return the health panel of the newest epoch, with the recipe's own bands."""
@@ -3605,7 +3682,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with process_group():
             return {"train": _train_command, "sample": _sample_command}[options.command](options)
-    except (ValueError, OSError, DivergenceError) as error:
+    except (ValueError, OSError, ImportError, DivergenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

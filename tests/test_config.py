@@ -45,6 +45,7 @@ CHOICES = {
     "lr_schedule": ("constant", "linear_tail"),
     "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "tracker": ("", "wandb", "tensorboard"),
     "conditional": (True, False),
     "conditioning": ("projection", "concatenation", "auxiliary"),
     "start_at_background": (True, False),

@@ -119,6 +119,7 @@ class Config:
     ndf: int = 64  # the same for the discriminator
     conditional: bool = False  # True: G and D see the label, and one chooses the digit
     num_classes: int = 10  # classes of a conditional recipe
+    conditioning: str = "projection"  # how D sees the label: projection | concatenation | auxiliary (ClassConditional)
     # the run
     batch_size: int = 128  # both public recipes
     num_epochs: int = 30  # the recipe's README: sharp from epoch 16 on
@@ -157,6 +158,7 @@ class Config:
     log_every: int = 100  # batches between two entries of history.batches and two looks for NaN
     save_every: int = 1  # epochs between two saved grids, the frames of the animation
     out_dir: str = "outputs"  # where pictures and checkpoints go
+    tracker: str = ""  # wandb | tensorboard: where every epoch is also written; empty for nowhere
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -200,7 +202,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "lr_schedule": ("constant", "linear_tail"),
     "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "tracker": ("", "wandb", "tensorboard"),
     "conditional": (True, False),
+    "conditioning": ("projection", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
@@ -456,14 +460,62 @@ def normalise(images: Tensor) -> Tensor:
 
 
 # === Models: two small networks a recipe; a discriminator returns logits, a generator images in [-1, 1] ===============
-class DCGANGenerator(nn.Module):
-    """Map z (N, nz) to images (N, 1, S, S), doubling from 4×4 (Radford et al. 2015; README of the 64×64 recipe)."""
+class ClassConditional(nn.Module):
+    """Let G and D see the label (N,) where the Config is conditional; else nothing is added.
+
+    G: a learned vector of the class stands beside z. D (`Config.conditioning`), all with one more linear layer:
+    concatenation: a learned map of the class is a second channel of the image (Mirza & Osindero 2014); projection: a
+    linear head for each class, of which the label's own is added to the logit (Miyato & Koyama 2018, §3); auxiliary:
+    the same heads name the class, and both players pay for what they get wrong (Odena et al. 2017).
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        self.way = config.conditioning if config.conditional else ""
+        self.channels = 2 if self.way == "concatenation" else 1  # what D's first layer takes
+
+    def embed(self, config: Config) -> int:
+        """Add G's class vectors, and return how long its input now is."""
+        self.embedding = nn.Embedding(config.num_classes, 32) if self.way else None
+        return config.nz + (32 if self.way else 0)
+
+    def latent(self, z: Tensor, labels: Tensor | None) -> Tensor:
+        """Return G's input: z (N, nz), with the vector of its class beside it."""
+        return z if self.embedding is None else torch.cat([z, self.embedding(labels)], dim=1)
+
+    def add_class(self, features: int, config: Config) -> None:
+        """Add what lets D see the class, given how many features it has of an image."""
+        maps, heads = self.way == "concatenation", self.way in ("projection", "auxiliary")
+        self.class_heads = nn.Linear(features, config.num_classes) if heads else None
+        self.class_maps = nn.Embedding(config.num_classes, config.image_size**2) if maps else None
+
+    def seen(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """Return what D's first layer sees of images (N, 1, S, S) that claim to show labels (N,)."""
+        maps = self.class_maps
+        return images if maps is None else torch.cat([images, maps(labels).view_as(images)], dim=1)
+
+    def verdict(self, logits: Tensor, features: Tensor, labels: Tensor | None) -> Tensor:
+        """Return logits (N,) that know the label; auxiliary: (N, 1 + K), the logit and then those of the K classes."""
+        if self.class_heads is None:
+            return logits
+        classes = self.class_heads(features)
+        if self.way == "auxiliary":
+            return torch.cat([logits[:, None], classes], dim=1)
+        return logits + classes.gather(1, labels[:, None]).squeeze(1)
+
+
+class DCGANGenerator(ClassConditional):
+    """Map z (N, nz), and labels (N,) when conditional, to images (N, 1, S, S), doubling from 4×4 (Radford et al. 2015).
+
+    The 64×64 recipe's, whose README gives the widths.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        nz = self.embed(config)
         widths = dcgan_widths(config.image_size, config.ngf)  # 64×64: 512, 256, 128, 64
         norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
-        first = nn.ConvTranspose2d(config.nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False)  # 1×1 → 4×4
+        first = nn.ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False)  # 1×1 → 4×4
         layers = hidden(first, norm(widths[0]), nn.ReLU(inplace=True), dropout=config.dropout_G)
         for wide, narrow in pairwise(widths):
             layers += hidden(double(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
@@ -472,19 +524,20 @@ class DCGANGenerator(nn.Module):
         self.apply(init_dcgan)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return images (N, 1, S, S); labels are ignored."""
-        return self.layers(z[:, :, None, None])
+        """Return images (N, 1, S, S), of the digits in labels (N,) when conditional."""
+        return self.layers(self.latent(z, labels)[:, :, None, None])
 
 
-class DCGANDiscriminator(nn.Module):
-    """Map images (N, 1, S, S) to logits (N,), halving down to 4×4 (Radford et al. 2015)."""
+class DCGANDiscriminator(ClassConditional):
+    """Map images (N, 1, S, S) to logits (N,), halving down to 4×4 (Radford et al. 2015); see `ClassConditional`."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         widths = dcgan_widths(config.image_size, config.ndf)[::-1]  # 64×64: 64, 128, 256, 512
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         # no BatchNorm on the images themselves (Radford et al. 2015, §3)
-        layers = hidden(halve(1, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
+        self.add_class(16 * widths[-1], config)
+        layers = hidden(halve(self.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
         for narrow, wide in pairwise(widths):
             layers += hidden(halve(narrow, wide), norm(wide), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
         layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False), nn.Flatten(0)]  # → (N,)
@@ -492,8 +545,9 @@ class DCGANDiscriminator(nn.Module):
         self.apply(init_dcgan)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Return logits (N,); labels are ignored."""
-        return self.layers(images)
+        """Return logits (N,) for images (N, 1, S, S), as `verdict` does when conditional."""
+        features = self.layers[:-2](self.seen(images, labels))
+        return self.verdict(self.layers[-2:](features), features.flatten(1), labels)
 
 
 class StableGenerator(nn.Module):
@@ -547,16 +601,15 @@ class StableDiscriminator(nn.Module):
         return self.head(features.flatten(1)).squeeze(1)
 
 
-class FastGenerator(nn.Module):
+class FastGenerator(ClassConditional):
     """Map z (N, nz), and labels (N,) when conditional, to images (N, 1, S, S); S is a multiple of 4."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         self.side = config.image_size // 4  # 28×28 starts at 7×7
         w = config.ngf
         norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
-        self.embedding = nn.Embedding(config.num_classes, 32) if config.conditional else None
-        self.dense = nn.Linear(config.nz + (32 if config.conditional else 0), self.side**2 * 2 * w, bias=False)
+        self.dense = nn.Linear(self.embed(config), self.side**2 * 2 * w, bias=False)
         self.layers = nn.Sequential(
             norm(2 * w),
             nn.ReLU(inplace=True),  # (N, 128, 7, 7)
@@ -569,38 +622,33 @@ class FastGenerator(nn.Module):
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images (N, 1, S, S) of the digits in labels (N,)."""
-        if self.embedding is not None:
-            z = torch.cat([z, self.embedding(labels)], dim=1)
-        x = self.dense(z).view(len(z), self.side, self.side, -1)
+        x = self.dense(self.latent(z, labels)).view(len(z), self.side, self.side, -1)
         return self.layers(x.permute(0, 3, 1, 2))
 
 
-class FastDiscriminator(nn.Module):
-    """Map images (N, 1, S, S) to logits (N,): 'real', plus 'this digit' when conditional (Miyato & Koyama 2018, §3)."""
+class FastDiscriminator(ClassConditional):
+    """Map images (N, 1, S, S) to logits (N,): 'real', plus 'this digit' when conditional; see `ClassConditional`."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
+        super().__init__(config)
         w = config.ndf
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
         last = nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False)
+        features = math.ceil(config.image_size / 8) ** 2 * 4 * w
         self.layers = nn.Sequential(
-            *hidden(halve(1, w), act(), dropout=drop),  # (N, 32, 14, 14)
+            *hidden(halve(self.channels, w), act(), dropout=drop),  # (N, 32, 14, 14)
             *hidden(halve(w, 2 * w), norm(2 * w), act(), dropout=drop),  # (N, 64, 7, 7)
             *hidden(last, norm(4 * w), act(), dropout=drop),  # (N, 128, 4, 4)
         )
-        features = math.ceil(config.image_size / 8) ** 2 * 4 * w
         self.head = nn.Linear(features, 1)
-        self.class_heads = nn.Linear(features, config.num_classes) if config.conditional else None
+        self.add_class(features, config)
         self.apply(init_dcgan)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits (N,) for images (N, 1, S, S) that claim to show labels (N,)."""
-        features = self.layers(images).permute(0, 2, 3, 1).flatten(1)  # NHWC order: no copy in channels_last
-        logits = self.head(features).squeeze(1)
-        if self.class_heads is not None:
-            logits = logits + self.class_heads(features).gather(1, labels[:, None]).squeeze(1)
-        return logits
+        features = self.layers(self.seen(images, labels)).permute(0, 2, 3, 1).flatten(1)  # NHWC: no copy is made
+        return self.verdict(self.head(features).squeeze(1), features, labels)
 
 
 class EqualisedConv2d(nn.Conv2d):
@@ -930,20 +978,30 @@ def slopes(discriminator: nn.Module, images: Tensor, labels: Tensor | None) -> T
     """Return the length of D's gradient at each of the images (n, 1, H, W), in float32, with its own graph."""
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):  # the square of a small slope is lost in half precision
-        (gradient,) = torch.autograd.grad(discriminator(images, labels).sum(), images, create_graph=True)
+        (gradient,) = torch.autograd.grad(real_logit(discriminator(images, labels)).sum(), images, create_graph=True)
     return gradient.flatten(1).norm(dim=1)
+
+
+def ask(gan: Trainer, network: nn.Module, images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor | float]:
+    """Return D's logits (N,) of images as it gets to see them, and what misread classes cost (auxiliary)."""
+    answers = network(gan.noisy(images), labels)
+    return real_logit(answers), F.cross_entropy(answers[:, 1:].float(), labels) if answers.ndim == 2 else 0.0
+
+
+def real_logit(answers: Tensor) -> Tensor:
+    """Return the logits (N,) for 'real' among D's answers (N,) or (N, 1 + K)."""
+    return answers[:, 0] if answers.ndim == 2 else answers
 
 
 def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
     """Take one D step on real and fake (N, 1, S, S); return its METRICS as scalars without gradients."""
     with gan.autocast():
-        real_logits = gan.players["D"](gan.noisy(real), labels)
+        real_logits, real_cost = ask(gan, gan.players["D"], real, labels)
         # detach: this step must not reach into G, whose turn comes next
-        fake_logits = gan.players["D"](gan.noisy(fake.detach() if gan.config.detach else fake), labels)
+        fake_logits, fake_cost = ask(gan, gan.players["D"], fake.detach() if gan.config.detach else fake, labels)
         loss = gan.loss.discriminator(real_logits, fake_logits)
-    if gan.config.gradient_penalty:
-        loss = loss + gradient_penalty(gan, real, fake, labels)
-    gradient = gan.update("D", loss)
+    penalty = gradient_penalty(gan, real, fake, labels) if gan.config.gradient_penalty else 0.0
+    gradient = gan.update("D", loss + real_cost + fake_cost + penalty)
     answers = read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
     return {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
 
@@ -955,9 +1013,10 @@ def train_generator(gan: Trainer, fake: Tensor, labels: Tensor | None, real: Ten
     """
     with gan.autocast(), frozen(gan.discriminator):  # D passes gradients on to G and keeps none for itself
         # D(fake) again: D has just changed, and the graph of its own step ended at detach
-        rivals = [gan.discriminator(gan.noisy(real), labels)] if gan.config.loss == "relativistic" else []
-        loss = gan.loss.generator(gan.discriminator(gan.noisy(fake), labels), *rivals)
-    gradient = gan.update("G", loss)
+        rivals = [ask(gan, gan.discriminator, real, labels)[0]] if gan.config.loss == "relativistic" else []
+        fake_logits, cost = ask(gan, gan.discriminator, fake, labels)
+        loss = gan.loss.generator(fake_logits, *rivals)
+    gradient = gan.update("G", loss + cost)
     return {"loss_G": loss.detach(), "grad_G": gradient}
 
 
@@ -1162,7 +1221,17 @@ class Trainer:
     def reconfigure(self, **changes: Any) -> None:
         """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
         config = configure(self.config, **changes)
-        fixed = ["image_size", "nz", "ngf", "ndf", "conditional", "num_classes", "batch_norm_G", "batch_norm_D"]
+        fixed = [
+            "image_size",
+            "nz",
+            "ngf",
+            "ndf",
+            "conditional",
+            "conditioning",
+            "num_classes",
+            "batch_norm_G",
+            "batch_norm_D",
+        ]
         fixed += ["optimizer", "start_at_background", "seed", "dropout_D", "dropout_G", "device", "precision"]
         changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if changed or bool(config.ema) != bool(self.config.ema):
@@ -1538,9 +1607,7 @@ class Trainer:
         classes = self.config.num_classes
         if not self.config.conditional:
             if digits is not None:
-                raise ValueError(
-                    f"this {type(self).__name__} has no classes: digits must be None (use FastDCGAN to choose)"
-                )
+                raise ValueError(f"this {type(self).__name__} has no classes: digits must be None (FastDCGAN has)")
             return None
         labels = torch.arange(n) % classes if digits is None else torch.as_tensor(digits).reshape(-1)
         labels = labels.expand(n) if len(labels) == 1 else labels
@@ -1561,7 +1628,7 @@ class Trainer:
         parts = [None] * len(images) if labels is None else labels.split(500)
         with evaluating(self.discriminator), self.autocast():
             pairs = zip(images.split(500), parts, strict=False)
-            logits = [self.discriminator(part.to(self.device), label).float() for part, label in pairs]
+            logits = [real_logit(self.discriminator(part.to(self.device), label)).float() for part, label in pairs]
         return answer(torch.cat(logits), self.config).cpu()
 
     def fixed_samples(self, n: int = PREVIEW) -> Tensor:
@@ -2790,6 +2857,82 @@ def save_picture(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+class Tracker(Callback):
+    """Write Config, every reading, health and samples of each epoch to "wandb" or "tensorboard"; `Config.tracker`.
+
+    wandb goes online with a key (WANDB_API_KEY, an earlier login, or Kaggle's secret of that name), else offline into
+    out_dir; TensorBoard's log lies in out_dir/recipe/tensorboard. Raises ImportError that says what to install.
+    """
+
+    def __init__(self, kind: str) -> None:
+        if kind not in ("wandb", "tensorboard"):
+            raise ValueError(f"tracker = {kind!r} is not one of wandb, tensorboard")
+        self.kind = kind
+
+    def on_train_begin(self, gan: GAN) -> None:
+        """Open the log before the first batch."""
+        try:
+            self.write, self.close = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}[self.kind](gan)
+        except ImportError as error:
+            raise ImportError(f"tracker = {self.kind!r} needs a package: pip install {self.kind}") from error
+
+    def on_epoch_end(self, gan: GAN) -> None:
+        """Write the epoch's line; `health` is 0 for green, 1 for yellow, 2 for red."""
+        panel = gan.diagnose()
+        line = gan.history.last() | {"health": list(ICONS).index(panel.status)}
+        grid = make_grid(gan.fixed_samples(), normalize=True, value_range=(-1, 1)).permute(1, 2, 0).numpy()
+        with or_warn("the tracker's log"):
+            self.write(gan.step, line, (grid * 255).astype(np.uint8), panel_text(panel, colour=False))
+
+    def on_train_end(self, gan: GAN) -> None:
+        """Close the log."""
+        self.close()
+
+
+def _open_tensorboard(gan: GAN) -> tuple[Callable[..., None], Callable[[], None]]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(gan.folder / "tensorboard")
+    writer.add_text("config", f"```\n{json.dumps(dataclasses.asdict(gan.config), indent=1)}\n```", gan.step)
+
+    def write(step: int, line: dict[str, float], grid: np.ndarray, panel: str) -> None:
+        """Write one epoch."""
+        for name, value in line.items():
+            writer.add_scalar(name, value, step)
+        writer.add_image("samples", grid, step, dataformats="HWC")
+        writer.add_text("panel", f"```\n{panel}\n```", step)
+        writer.flush()
+
+    return write, writer.close
+
+
+def _open_wandb(gan: GAN) -> tuple[Callable[..., None], Callable[[], None]]:
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_has_key() else "offline")
+    prepare_file(gan.folder / "x")
+    config = {"recipe": gan.recipe, **dataclasses.asdict(gan.config)}
+    run = wandb.init(project="dcgan", dir=str(gan.folder), config=config, mode=mode)
+
+    def write(step: int, line: dict[str, float], grid: np.ndarray, panel: str) -> None:
+        """Write one epoch."""
+        pictures = {"samples": wandb.Image(grid), "panel": wandb.Html(f"<pre>{html.escape(panel)}</pre>")}
+        run.log({**line, **pictures}, step=step)
+
+    return write, run.finish
+
+
+def _wandb_has_key() -> bool:
+    """Return whether wandb will find a key without asking; Kaggle's secret is put where it looks."""
+    if kaggle_run() and "WANDB_API_KEY" not in os.environ:
+        with suppress(Exception):  # a fork has no secret, and what is raised then differs between releases
+            from kaggle_secrets import UserSecretsClient
+
+            os.environ["WANDB_API_KEY"] = UserSecretsClient().get_secret("WANDB_API_KEY")
+    login = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()  # what `wandb login` leaves
+    return bool(os.environ.get("WANDB_API_KEY")) or (login.is_file() and "api.wandb.ai" in login.read_text())
+
+
 class BatchLines(Callback):
     """Print the lines and epoch blocks of the 28×28 recipe's README."""
 
@@ -3440,7 +3583,8 @@ class GAN(Trainer):
 
     def default_callbacks(self) -> list[Callback]:
         """Return progress bar, the judge's reading of the classes, epoch report and saved grids."""
-        return [ProgressBar(), JudgeSamples(DIVERSITY_SAMPLES, distances=False), EpochReport(), SaveGrids()]
+        shown = [ProgressBar(), JudgeSamples(DIVERSITY_SAMPLES, distances=False), EpochReport(), SaveGrids()]
+        return [*shown, Tracker(self.config.tracker)] if self.config.tracker else shown
 
     def diagnose(self) -> Diagnosis:
         """Return the health panel of the newest epoch, with the recipe's own bands."""
@@ -3583,6 +3727,17 @@ class DCGAN(GAN):
             )
 
 
+class ConditionalDCGAN(DCGAN):
+    """The 64×64 recipe made to draw the digit one asks for; `conditioning` chooses how D sees the label."""
+
+    recipe = "conditional"
+    defaults = Config(conditional=True)
+
+    def generate_images(self, epoch: int | str | None = None, n: int = 100) -> Figure:
+        """Return a figure of n fixed-noise samples, a column for each digit, saved as the other recipes save theirs."""
+        return super().generate_images(epoch, n)
+
+
 class StableDCGAN(GAN):
     """The 28×28 TensorFlow recipe rebuilt: 2,330,944 and 212,865 parameters, Dropout in D, labels 0.9 and 0."""
 
@@ -3680,7 +3835,9 @@ class ProgressiveGAN(GAN):
         DCGAN.check_image_size(size)
 
 
-RECIPES: dict[str, type[GAN]] = {kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN, WGANGP, ProgressiveGAN)}
+RECIPES: dict[str, type[GAN]] = {
+    kind.recipe: kind for kind in (DCGAN, StableDCGAN, FastDCGAN, ConditionalDCGAN, WGANGP, ProgressiveGAN)
+}
 
 
 # === Command line =====================================================================================================
@@ -3708,7 +3865,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with process_group():
             return {"train": _train_command, "sample": _sample_command}[options.command](options)
-    except (ValueError, OSError, DivergenceError) as error:
+    except (ValueError, OSError, ImportError, DivergenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

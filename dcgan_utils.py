@@ -710,8 +710,8 @@ class Growing(nn.Module):
 
 
 def growing_widths(doublings: int, base: int) -> list[int]:
-    """Return channels at 4×4, 8×8 …: `base` at full size and at half of it, double before."""
-    return [2 * base] * max(1, doublings - 1) + [base] * min(2, doublings)
+    """Return channels at 4×4, 8×8 …: half of `base` at full size, `base` at half of it, double before."""
+    return [2 * base] * (doublings - 1) + [base, max(1, base // 2)]
 
 
 class ProgressiveGenerator(Growing):
@@ -862,8 +862,9 @@ def start_at_background(generator: nn.Module, images: Tensor) -> None:
     drowns in it: every sample is the same for epochs (shown in notebook 03). 0.96 keeps tanh out of its flat end.
     """
     median = (images.flatten()[::101].float().median() / 127.5 - 1).clamp(-0.96, 0.96)
-    output = [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))][-1]
-    output.bias.fill_(torch.atanh(median).item())
+    outputs = getattr(generator, "to_grey", None)  # one for every size, where G grows
+    for layer in outputs or [m for m in generator.layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))][-1:]:
+        layer.bias.fill_(torch.atanh(median).item())
 
 
 def count_parameters(module: nn.Module) -> tuple[int, int]:
@@ -3825,7 +3826,6 @@ class ProgressiveGAN(GAN):
         beta2=0.99,
         real_label_smooth=0.9,
         fake_label_smooth=0.0,
-        start_at_background=False,
         ema=0.99,
     )
 

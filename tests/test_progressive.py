@@ -160,6 +160,13 @@ def test_a_run_that_stops_while_a_size_fades_in_goes_on_where_it_was(mnist_small
     assert same(again, whole)
 
 
+def test_every_size_starts_at_the_datas_background(mnist_small):
+    gan = make(du.ProgressiveGAN)
+    gan.train(1, data=mnist_small[0][:16], callbacks=[])
+    biases = [layer.bias.tanh().item() for layer in gan.generator.to_grey]
+    assert biases == pytest.approx([-0.96] * 3, abs=0.01)
+
+
 @pytest.mark.parametrize("size", [28, 24, 48])
 def test_a_size_that_does_not_double_from_four_is_refused(size):
     with pytest.raises(ValueError, match=rf"image_size = {size}.*16 or 32|image_size = {size}.*32 or 64"):

@@ -54,7 +54,11 @@ def test_history_has_one_value_per_epoch(kind, digits):
     assert names == set(history)
     assert all(len(values) == 2 for values in history.values())
     assert set(history.batches) == {"step", "epoch", *du.METRICS}
-    without = {du.StableDCGAN: {"move_BN_D", "slope"}, du.WGANGP: {"move_BN_D"}}.get(kind, {"slope"})  # no BatchNorm
+    without = {  # no BatchNorm; no critic
+        du.StableDCGAN: {"move_BN_D", "slope"},
+        du.WGANGP: {"move_BN_D"},
+        du.ProgressiveGAN: {"move_BN_D", "move_BN_G", "slope"},
+    }.get(kind, {"slope"})
     for name in names:
         assert all(value is None if name in without else math.isfinite(value) for value in history[name]), name
     assert all(value > 0 for name in ("grad_D", "grad_G", "D_std", "move_D", "move_G") for value in history[name])
@@ -409,7 +413,7 @@ def test_samples_have_shape_range_and_seed(kind):
     gan = make(kind)
     side = gan.config.image_size
     gan.generator.train()
-    gan.generator.layers[0].eval()
+    next(gan.generator.children()).eval()
     images = gan.sample(5, seed=1)
     assert images.shape == (5, 1, side, side)
     assert images.dtype == torch.float32
@@ -418,7 +422,7 @@ def test_samples_have_shape_range_and_seed(kind):
     assert not torch.equal(images, gan.sample(5, seed=2))
     assert not torch.equal(gan.sample(5), gan.sample(5))
     assert gan.generator.training  # the mode of every part is put back
-    assert not gan.generator.layers[0].training
+    assert not next(gan.generator.children()).training
     digits = [1] * 5 if gan.config.conditional else None
     assert gan.score(images, digits).shape == (5,)
     if gan.config.conditional:

@@ -30,7 +30,6 @@ import gzip
 import hashlib
 import html
 import io
-import itertools
 import json
 import math
 import os
@@ -731,7 +730,7 @@ class ProgressiveGenerator(Growing):
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.Upsample(scale_factor=2), EqualisedConv2d(wide, narrow), act(), PixelNorm(),
                           EqualisedConv2d(narrow, narrow), act(), PixelNorm())
-            for wide, narrow in itertools.pairwise(widths)
+            for wide, narrow in pairwise(widths)
         )  # fmt: skip
         self.to_grey = nn.ModuleList(EqualisedConv2d(width, 1, kernel_size=1, gain=1.0) for width in widths)
 
@@ -760,7 +759,7 @@ class ProgressiveDiscriminator(Growing):
         self.blocks = nn.ModuleList(
             nn.Sequential(EqualisedConv2d(narrow, narrow), act(), EqualisedConv2d(narrow, wide), act(),
                           nn.AvgPool2d(2))
-            for wide, narrow in itertools.pairwise(widths)
+            for wide, narrow in pairwise(widths)
         )  # fmt: skip
         w = widths[0]
         self.last = nn.Sequential(

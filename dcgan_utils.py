@@ -11,6 +11,7 @@ Measured on one core, without bf16, of a busy machine: 515 images/s, all ten dig
 (`python tools/full_run.py --recipe fast --name fast --slice 90 --minutes 1.5`, picture in results/fast).
 
 `DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.
+`ConditionalDCGAN` is the first of them with digits to choose, `WGANGP` has a critic in the place of D.
 The sections stand in the order in which the data walks through them, and a section calls only sections above it:
 Config, data, models, losses and steps, training, health, evaluation, pictures, interaction, saving, recipes, command
 line.

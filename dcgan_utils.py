@@ -30,6 +30,7 @@ import functools
 import gzip
 import hashlib
 import html
+import importlib.util
 import io
 import json
 import math
@@ -2868,14 +2869,13 @@ class Tracker(Callback):
     def __init__(self, kind: str) -> None:
         if kind not in ("wandb", "tensorboard"):
             raise ValueError(f"tracker = {kind!r} is not one of wandb, tensorboard")
+        if importlib.util.find_spec(kind) is None:
+            raise ImportError(f"tracker = {kind!r} needs a package: pip install {kind}")
         self.kind = kind
 
     def on_train_begin(self, gan: GAN) -> None:
         """Open the log before the first batch."""
-        try:
-            self.write, self.close = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}[self.kind](gan)
-        except ImportError as error:
-            raise ImportError(f"tracker = {self.kind!r} needs a package: pip install {self.kind}") from error
+        self.write, self.close = {"wandb": _open_wandb, "tensorboard": _open_tensorboard}[self.kind](gan)
 
     def on_epoch_end(self, gan: GAN) -> None:
         """Write the epoch's line; `health` is 0 for green, 1 for yellow, 2 for red."""

@@ -95,7 +95,8 @@ def read_body(name: str) -> bytes:
 def attach_module(folder: Path) -> None:
     """Write the utility data set, as `python kaggle/build.py` fills it, and MNIST beside it."""
     folder.mkdir(parents=True)
-    shutil.copy(ROOT / "dcgan_utils.py", folder)
+    for path in (ROOT / "dcgan_utils.py", ROOT / "data" / "judge.safetensors"):
+        shutil.copy(path, folder)
     attach_idx(folder.parents[1] / "hojjatk" / "mnist-dataset")
 
 

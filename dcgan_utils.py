@@ -1901,7 +1901,7 @@ def usual_suspect(config: Config) -> dict[str, Any]:
             {f"lr_{key}": max(rate, Config.lr_D) for key, tiny in (("G", tiny_G), ("D", tiny_D)) if tiny},
         ),
         (not config.detach, {"detach": True}),
-        (not config.batch_norm_G, {"batch_norm_G": True, "batch_norm_D": True}),
+        (not config.batch_norm_G, {"batch_norm_G": True, "batch_norm_D": not config.gradient_penalty}),  # both: refused
         (config.nz < 16, {"nz": 100}),
         (config.noise_D > 0.5, {"noise_D": 0.1}),
         (config.beta1 > 0.5, {"beta1": 0.5, **calm}),

@@ -303,6 +303,12 @@ def test_a_critic_has_faults_of_its_own(readings, cause, field):
     assert dataclasses.replace(du.WGANGP.defaults, **found.changes)
 
 
+def test_a_critic_without_batch_norm_in_g_is_not_told_to_take_it_in_d():
+    config = dataclasses.replace(du.WGANGP.defaults, batch_norm_G=False)
+    mended = dataclasses.replace(config, **du.usual_suspect(config))  # a penalty and BatchNorm in D are refused
+    assert (mended.batch_norm_G, mended.batch_norm_D) == (True, False)
+
+
 def test_what_the_remedies_of_a_critic_change_fits():
     """A critic without penalty is told to take one, and then may have no BatchNorm."""
     config = dataclasses.replace(du.WGANGP.defaults, gradient_penalty=0.0, batch_norm_D=True, d_steps=1)

@@ -28,6 +28,8 @@ RANGES = {  # field: the lowest and the highest value that is allowed, and one o
     "adam_eps": (1e-12, 1e-2, 0.0, 0.1),
     "d_steps": (0, 100, -1, 101),
     "g_steps": (0, 100, -1, 101),
+    "gradient_penalty": (0, 10_000, -1.0, 10_001),
+    "growth": (0, 1, -0.1, 1.1),
     "real_label_smooth": (0.3, 1, -0.1, 1.1),
     "fake_label_smooth": (0, 0.8, -0.1, 1.1),
     "generator_target": (0, 1, -0.1, 1.1),
@@ -42,8 +44,11 @@ RANGES = {  # field: the lowest and the highest value that is allowed, and one o
 CHOICES = {
     "optimizer": ("adam", "rmsprop", "sgd"),
     "lr_schedule": ("constant", "linear_tail"),
+    "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
+    "tracker": ("", "wandb", "tensorboard"),
     "conditional": (True, False),
+    "conditioning": ("projection", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
@@ -82,8 +87,9 @@ def test_no_recipe_is_broken_on_purpose(kind):
 @pytest.mark.parametrize("name", RANGES)
 def test_the_ends_of_a_range_are_allowed(name):
     low, high, _, _ = RANGES[name]
-    assert getattr(Config(**{name: low}), name) == low
-    assert getattr(Config(**{name: high}), name) == high
+    beside = {"batch_norm_D": False} if name == "gradient_penalty" else {}  # see test_losses.py
+    assert getattr(Config(**{name: low}, **beside), name) == low
+    assert getattr(Config(**{name: high}, **beside), name) == high
 
 
 @pytest.mark.parametrize("name", RANGES)
@@ -205,6 +211,13 @@ def test_configure_checks_the_values_too():
                 "batch_size": 64, "image_size": 28, "nz": 64, "ngf": 32, "ndf": 32, "optimizer": "adam",
                 "lr_G": 2e-3, "lr_D": 2e-3, "beta1": 0.5, "beta2": 0.99, "lr_schedule": "linear_tail",
                 "real_label_smooth": 0.9, "fake_label_smooth": 0.0, "ema": 0.99, "conditional": True,
+            },
+        ),
+        (
+            du.WGANGP,
+            {
+                "image_size": 28, "loss": "wasserstein", "gradient_penalty": 10.0, "d_steps": 5, "beta1": 0.0,
+                "beta2": 0.9, "batch_norm_D": False, "batch_norm_G": True, "conditional": False,
             },
         ),
     ],

@@ -696,8 +696,9 @@ def spoiled(value):
         (torch.zeros(120, 1, 28, 32), r"shape \(120, 1, 28, 32\)"),
         (torch.zeros(99, 1, 28, 28), r"there are 99 samples; these scores need at least 100"),
         (torch.zeros(0, 1, 28, 28), r"there are 0 samples; these scores need at least 100"),
+        (torch.zeros(120, 1, 32, 32), r"samples are 32 pixels wide, the reference was read at 28"),
     ],
-    ids=["above", "below", "nan", "inf", "no channel", "colour", "oblong", "few", "none"],
+    ids=["above", "below", "nan", "inf", "no channel", "colour", "oblong", "few", "none", "another size"],
 )
 def test_samples_that_cannot_be_scored_are_refused_in_one_line(samples, says, reference):
     with pytest.raises(ValueError, match=says) as error:

@@ -20,7 +20,9 @@ from tools import failure_runs as runs
 
 INDUCED = {  # what has to be told apart, and what it changes in a recipe's Config
     "lr_D × 20": lambda c: {"lr_D": 20 * c.lr_D},
+    "lr_D × 100": lambda c: {"lr_D": 100 * c.lr_D},
     "lr_G × 20": lambda c: {"lr_G": 20 * c.lr_G},
+    "lr_G × 100": lambda c: {"lr_G": 100 * c.lr_G},
     "no BatchNorm": lambda c: {"batch_norm_G": False, "batch_norm_D": False},
     "D frozen": lambda c: {"d_steps": 0},
     "G frozen": lambda c: {"g_steps": 0},
@@ -46,6 +48,11 @@ def kept(which: str) -> list[dict]:
     return json.loads(gzip.decompress((runs.RESULTS / f"{which}.json.gz").read_bytes()))
 
 
+def harmless(record: dict) -> bool:
+    """Say whether the change is known to do this recipe no harm: such a run counts neither as faulty nor as healthy."""
+    return record["fault"] is not None and du.RECIPES[record["recipe"]] in runs.FAULTS[record["fault"]].harmless
+
+
 @pytest.fixture(scope="module")
 def sets() -> dict[str, list[dict]]:
     """Return both sets; without either the bars are not shown to hold."""
@@ -69,7 +76,7 @@ def test_the_panel_names_failures_early_and_rightly(which, sets, capsys):
     assert time.process_time() - start < 10
     assert figures["named"] >= 0.95 * figures["faulty"]
     assert figures["red_healthy_epochs"] <= 0.01 * figures["healthy_epochs"]
-    assert figures["faulty"] == sum(record["fault"] is not None for record in records)
+    assert figures["faulty"] == sum(record["fault"] is not None and not harmless(record) for record in records)
     assert figures["healthy_epochs"] == runs.HEALTHY_EPOCHS * sum(record["fault"] is None for record in records)
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("healthy", *runs.FAULTS))
@@ -89,6 +96,8 @@ def test_the_figures_counted_in_another_way(which, sets, capsys):
         if record["fault"] is None:
             red += sum(name is not None for name in names)
             assert names[-1] is None  # whatever it began as, no healthy run ends red
+        elif harmless(record):
+            continue
         elif record["fault"] == "NaN in G":  # it comes in the second epoch, which has no line
             assert names == [None]
             assert du.diagnose(history, bands=kind.bands).cause.name == "losses are numbers"
@@ -152,7 +161,7 @@ def test_every_kept_run_has_every_reading(which, sets):
     lacking = Counter()
     for record in sets[which]:
         epochs = record["history"]["epochs"]
-        for name in (*du.METRICS, *du.EPOCH_READINGS, *judged):
+        for name in {*du.METRICS, *du.EPOCH_READINGS, *judged} - {"gap", "slope"}:  # a critic's
             there = name in epochs and (epochs[name][-1] is not None or name.startswith("move_BN"))
             lacking[name] += not there
     assert not {name: count for name, count in lacking.items() if count}
@@ -176,19 +185,17 @@ def test_the_faults_show_in_readings_that_the_panel_does_not_go_by(which, sets):
 
 @pytest.mark.parametrize("which", runs.SETS)
 def test_runs_without_a_fault_learn(which, sets):
-    """`FastDCGAN` comes to all digits; six short epochs bring the two public recipes, as narrow, to some of them."""
+    """Healthy means more than that no fault was put in: all kinds of digits, and many ways to write them."""
     for record in sets[which]:
         epochs = record["history"]["epochs"]
-        if record["fault"] is None and record["recipe"] == "fast":
-            assert epochs["fid"][-1] < 12
-            assert epochs["class_gap"][-1] < 0.15
-            assert epochs["recall"][-1] > 0.3
-            assert epochs["precision"][-1] > 0.5
-        elif record["fault"] is None:
-            assert min(epochs["fid"]) < 90  # untrained: above 200
-            assert max(epochs["precision"]) > 0.35  # untrained: 0
-            assert epochs["diversity"][-1] > 0.5
-            assert epochs["spacing"][-1] > 0.5
+        if record["fault"] is None:
+            fast = record["recipe"] == "fast"
+            assert epochs["fid"][-1] < (12 if fast else 45)  # untrained: above 200
+            assert epochs["recall"][-1] > (0.3 if fast else 0.2)  # untrained: 0
+            assert epochs["precision"][-1] > (0.7 if fast else 0.35)  # untrained: 0
+            assert epochs["class_gap"][-1] < (0.15 if fast else 0.5)
+            assert epochs["diversity"][-1] > 0.7
+            assert epochs["spacing"][-1] > 0.7
 
 
 def test_the_files_are_small():
@@ -199,7 +206,8 @@ def test_the_files_are_small():
 def test_every_fault_is_induced_as_it_is_called(few_digits):
     assert set(runs.FAULTS) == set(INDUCED)
     for name, fault in runs.FAULTS.items():
-        assert set(fault.recipes) == set(runs.NARROW) - ({du.FastDCGAN} if name == "lr_D × 20" else set())
+        assert set(fault.recipes) == set(runs.NARROW) - ({du.DCGAN} if name.endswith("× 100") else set())
+        assert set(fault.harmless) <= set(fault.recipes)
         assert set(fault.names) <= FINDINGS
         assert fault.onset == (name == "NaN in G")
         for kind in fault.recipes:

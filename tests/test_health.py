@@ -376,20 +376,27 @@ CASES = [  # finding, readings (see `spelt_out`), status, words of its message, 
     ("copies among samples", {"spacing": 0.51}, "green", None, None),
     ("copies among samples", {"spacing": 1.8}, "green", None, None),
     ("copies among samples", {"spacing": 0.45}, "yellow", "closer.*mode collapse", {"vary"}),
-    ("copies among samples", {"spacing": 0.31}, "yellow", "closer.*mode collapse", {"vary"}),
+    ("copies among samples", {"spacing": 0.22, "epoch": 2}, "yellow", "closer.*mode collapse", {"vary"}),
+    ("copies among samples", {"spacing": 0.18, "epoch": 2}, "red", "closer.*mode collapse", {"vary"}),
+    ("copies among samples", {"spacing": 0.18, "epoch": 1}, "yellow", "closer.*mode collapse", {"vary"}),
     ("copies among samples", {"spacing": 0.0}, "red", "closer.*mode collapse", {"vary"}),
     ("sample diversity", {"diversity": 0.7}, "green", "as real digits do", None),
     ("sample diversity", {"diversity": 1.0}, "green", "as real digits do", None),
     ("sample diversity", {"diversity": 1.3}, "green", "as real digits do", None),
     ("sample diversity", {"diversity": 0.65}, "yellow", "less than real", {"vary"}),
     ("sample diversity", {"diversity": 0.25}, "yellow", "less than real", {"vary"}),
-    ("sample diversity", {"diversity": 0.15}, "red", "nearly all alike.*collapse", {"vary"}),
+    ("sample diversity", {"diversity": 0.15, "epoch": 1}, "yellow", "less than real", {"vary"}),
+    ("sample diversity", {"diversity": 0.15, "epoch": 2}, "red", "nearly all alike.*collapse", {"vary"}),
+    ("sample diversity", {"diversity": 0.05, "epoch": 0.5}, "red", "nearly all alike.*collapse", {"vary"}),
     ("sample diversity", {"diversity": 0.0}, "red", "nearly all alike.*collapse", {"vary"}),
     ("sample diversity", {"diversity": 1.4}, "yellow", "noise", {"vary"}),
     ("sample diversity", {"diversity": 2.0}, "red", "noise", {"vary"}),
     ("classes", {"class_gap": 0.29, **READABLE}, "green", None, None),
     ("classes", {"class_gap": 0.45, **READABLE}, "yellow", "readable.*missing", {"vary"}),
     ("classes", {"class_gap": 0.9, **READABLE}, "red", "readable.*missing", {"vary"}),
+    ("classes", {"class_gap": 0.9, "precision": None, "confidence": 0.99}, "red", "readable.*missing", {"vary"}),
+    ("classes", {"class_gap": 0.9, "precision": None, "confidence": 0.9}, "yellow", "not digits yet", {"vary"}),
+    ("classes", {"class_gap": 0.9, **READABLE, "diversity": 0.6}, "yellow", "not digits yet", {"vary"}),
     ("classes", {"class_gap": 0.9, "precision": 0.1}, "yellow", "not digits yet", {"vary"}),
     ("classes", {"class_gap": 0.9, "precision": 0.8, "confidence": 0.6}, "yellow", "not digits yet", {"vary"}),
     ("memorisation", {"near_copies": 0.05}, "green", None, None),
@@ -404,6 +411,8 @@ CASES = [  # finding, readings (see `spelt_out`), status, words of its message, 
     ("D too strong", {"share": 1.0, "loss_G times": 9}, "red", "G learns nothing", {"hold D back"}),
     ("D too strong", {"share": 0.85, "loss_G times": 3.2}, "red", "G learns nothing", {"hold D back"}),
     ("D too strong", {"share": 0.5, "loss_G times": 3.2, "D_acc": 0.95}, "red", "so sure a D", {"hold D back"}),
+    ("D too strong", {"share": 0.5, "loss_G times": 8.9}, "yellow", "three times its equilibrium", {"hold D back"}),
+    ("D too strong", {"share": 0.5, "loss_G times": 9.1}, "red", "so sure a D", {"hold D back"}),
     ("D too weak", {"share": -0.04}, "green", None, None),
     ("D too weak", {"share": -0.1}, "yellow", "fakes for more real", {"help D"}),
     ("D too weak", {"share": -0.3}, "red", "fakes for more real", {"help D"}),
@@ -634,8 +643,8 @@ def test_every_remedy_can_be_applied_and_does_something(kind, odd):
         ({"nz": 16}, {}),
         ({"beta1": 0.9}, {"beta1": 0.5}),
         ({"beta1": 0.9, "lr_G": 2e-3, "lr_D": 1e-3}, {"beta1": 0.5, "lr_G": 2e-4, "lr_D": 1e-4}),
-        ({"lr_D": 2e-3, "lr_G": 2e-4}, {"lr_D": 2e-4}),
-        ({"lr_G": 4e-3, "lr_D": 1e-4}, {"lr_G": 1e-4}),
+        ({"lr_D": 2e-3, "lr_G": 2e-4}, {"lr_D": 1e-4}),
+        ({"lr_G": 4e-3, "lr_D": 1e-4}, {"lr_G": 2e-4}),
         ({"d_steps": 0, "nz": 1, "beta1": 0.9}, {"d_steps": 1}),  # one thing at a time
     ],
 )
@@ -691,6 +700,21 @@ def test_a_setting_that_stands_out_goes_before_the_general_remedy(kind):
 
 
 @pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize(
+    ("name", "readings"),
+    [
+        ("copies among samples", {"spacing": 0.44, "epoch": 1}), ("sample diversity", {"diversity": 0.44, "epoch": 1}),
+        ("D too weak", {"D_acc": 0.44}), ("D too weak", {"share": -0.06}),
+        ("D too strong", {"share": 0.5, "loss_G times": 3.2, "D_acc": 0.91}),
+    ],
+)  # fmt: skip
+def test_a_known_cause_convicts_sooner(kind, name, readings):
+    config = kind.resolve()
+    assert finding_of(config, name, readings)[0].status != "red"
+    assert finding_of(dataclasses.replace(config, nz=1), name, readings)[0].status == "red"
+
+
+@pytest.mark.parametrize("kind", RECIPES)
 @pytest.mark.parametrize("player", ["D", "G"])
 @pytest.mark.parametrize("other", [{}, {"nz": 1}, {"beta1": 0.9}, {"batch_norm_G": False}])
 def test_who_stands_still_gets_steps_and_a_learning_rate_back(kind, player, other):
@@ -738,7 +762,7 @@ def test_readings_of_samples_made_now_go_before_the_historys(kind):
     assert du.diagnose(well, samples={"near_copies": 0.9}).cause.name == "memorisation"
     assert du.diagnose(well, samples={"class_gap": 0.9, **READABLE}).cause.name == "classes"
     assert du.diagnose(ill).cause.name == "copies among samples"
-    assert du.diagnose(ill, samples={"spacing": 1.0}).cause.name == "sample diversity"
+    assert du.diagnose(ill, samples={"spacing": 1.0, "diversity": 0.05}).cause.name == "sample diversity"
     assert du.diagnose(ill, samples={"spacing": 1.0, "diversity": 1.0}).cause.name == "memorisation"
     healed = du.diagnose(ill, samples=SAMPLES | JUDGED)
     assert healed == du.diagnose(well)

@@ -632,7 +632,7 @@ def test_d_accuracy_has_its_threshold_in_the_middle_of_the_labels(a, b):
     above, below = m + 0.02, m - 0.02
     for real, fake, expected in ((above, below, 1.0), (below, above, 0.0), (above, above, 0.5), (below, below, 0.5)):
         reading = du.read_discriminator(logits(real), logits(fake), config)
-        assert set(reading) == {"D_x", "D_G_z", "D_acc", "D_std"}
+        assert set(reading) == {"D_x", "D_G_z", "D_acc", "D_std", "gap"}
         assert reading["D_acc"].item() == expected
         assert reading["D_x"].item() == pytest.approx(real, abs=1e-6)
         assert reading["D_G_z"].item() == pytest.approx(fake, abs=1e-6)

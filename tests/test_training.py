@@ -54,7 +54,11 @@ def test_history_has_one_value_per_epoch(kind, digits):
     assert names == set(history)
     assert all(len(values) == 2 for values in history.values())
     assert set(history.batches) == {"step", "epoch", *du.METRICS}
-    without = {"move_BN_D"} if kind is du.StableDCGAN else set()  # its D has no BatchNorm
+    without = {  # no BatchNorm; no critic
+        du.StableDCGAN: {"move_BN_D", "slope"},
+        du.WGANGP: {"move_BN_D"},
+        du.ProgressiveGAN: {"move_BN_D", "move_BN_G", "slope"},
+    }.get(kind, {"slope"})
     for name in names:
         assert all(value is None if name in without else math.isfinite(value) for value in history[name]), name
     assert all(value > 0 for name in ("grad_D", "grad_G", "D_std", "move_D", "move_G") for value in history[name])
@@ -63,7 +67,9 @@ def test_history_has_one_value_per_epoch(kind, digits):
     assert history.batches["step"] == [2, 4, 6, 8, 10, 12]  # 96 images are 6 batches of 16
     mean = sum(history.batches["loss_D"][:3]) / 3  # every entry covers two batches
     assert history["loss_D"][0] == pytest.approx(mean, rel=1e-6)
-    assert all(0 <= history[name][-1] <= 1 for name in ("D_x", "D_G_z", "D_acc"))
+    assert kind is du.WGANGP or all(0 <= history[name][-1] <= 1 for name in ("D_x", "D_G_z"))  # a critic has no bounds
+    assert 0 <= history["D_acc"][-1] <= 1
+    assert history["gap"][-1] == pytest.approx(history["D_x"][-1] - history["D_G_z"][-1], abs=1e-5)
     gan.train(1, data=digits, callbacks=[])
     assert history["epoch"] == [1, 2, 3]
 
@@ -187,7 +193,7 @@ def test_each_step_leaves_the_other_player_alone(digits):
     fake = gan._fake(16, None)
     g_before, d_before = weights(gan.generator), weights(gan.discriminator)
     measured = du.train_discriminator(gan, real, fake, None)
-    assert set(measured) == {"loss_D", "D_x", "D_G_z", "D_acc", "D_std", "grad_D", "leak"}
+    assert set(measured) == {"loss_D", "D_x", "D_G_z", "D_acc", "D_std", "gap", "grad_D", "leak"}
     assert torch.equal(weights(gan.generator), g_before)
     assert all(parameter.grad is None for parameter in gan.generator.parameters())
     assert not torch.equal(weights(gan.discriminator), d_before)
@@ -407,7 +413,7 @@ def test_samples_have_shape_range_and_seed(kind):
     gan = make(kind)
     side = gan.config.image_size
     gan.generator.train()
-    gan.generator.layers[0].eval()
+    next(gan.generator.children()).eval()
     images = gan.sample(5, seed=1)
     assert images.shape == (5, 1, side, side)
     assert images.dtype == torch.float32
@@ -416,7 +422,7 @@ def test_samples_have_shape_range_and_seed(kind):
     assert not torch.equal(images, gan.sample(5, seed=2))
     assert not torch.equal(gan.sample(5), gan.sample(5))
     assert gan.generator.training  # the mode of every part is put back
-    assert not gan.generator.layers[0].training
+    assert not next(gan.generator.children()).training
     digits = [1] * 5 if gan.config.conditional else None
     assert gan.score(images, digits).shape == (5,)
     if gan.config.conditional:

@@ -8,6 +8,9 @@ TINY = {
     du.DCGAN: {"image_size": 16, "ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
     du.StableDCGAN: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
     du.FastDCGAN: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
+    du.ProgressiveGAN: {"image_size": 16, "ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
+    du.ConditionalDCGAN: {"image_size": 16, "ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
+    du.WGANGP: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8, "d_steps": 1},
 }
 RECIPES = list(TINY)
 

@@ -40,12 +40,12 @@ def accuracy(judge: du.Judge, images: Tensor, labels: Tensor) -> float:
         return torch.cat([judge(part).argmax(dim=1) for part in images.split(500)]).eq(labels).float().mean().item()
 
 
-def train(epochs: int, batch_size: int, seed: int) -> tuple[du.Judge, float]:
-    """Return a trained judge and its accuracy on the 10,000 test digits."""
+def train(epochs: int, batch_size: int, seed: int, data: tuple[Tensor, Tensor] | None = None) -> tuple[du.Judge, float]:
+    """Return a judge and its accuracy on the 10,000 test digits; data: uint8 images and labels, None for MNIST's."""
     torch.set_flush_denormal(True)
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    images, labels = du.load_images("mnist", "train")
+    images, labels = data or du.load_images("mnist", "train")
     test, test_labels = du.load_images("mnist", "test")
     images, test = du.normalise(images), du.normalise(test)
     judge = du.Judge().to(memory_format=torch.channels_last)

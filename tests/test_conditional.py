@@ -1,0 +1,184 @@
+"""Three ways to let D see the label, in both families of networks; and the 64×64 recipe that draws what one asks."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import TINY, make, same
+from torch import nn
+
+import dcgan_utils as du
+from dcgan_utils import Config
+
+WAYS = ("projection", "concatenation", "auxiliary")
+KINDS = (du.ConditionalDCGAN, du.FastDCGAN)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = du.load_images("mnist", "test")
+    return images[:96], labels[:96]
+
+
+def discriminator(kind, way):
+    """Return a small D in eval mode, images and labels."""
+    config = kind.resolve(**TINY[kind], conditioning=way)
+    torch.manual_seed(0)
+    D = kind.networks[1](config).eval()
+    return D, torch.randn(10, 1, config.image_size, config.image_size), torch.arange(10)
+
+
+# ----------------------------------------------------------------------------------------------- what D computes
+@pytest.mark.parametrize("kind", KINDS)
+def test_projection_adds_the_linear_head_of_the_label(kind):
+    D, images, labels = discriminator(kind, "projection")
+    seen = {}
+    D.class_heads.register_forward_hook(lambda layer, inputs, output: seen.update(x=inputs[0], out=output))
+    answers = D(images, labels)
+    shift = answers - D(images, (labels + 1) % 10)
+    by_hand = torch.stack([F.linear(seen["x"][k], D.class_heads.weight, D.class_heads.bias) for k in range(10)])
+    difference = by_hand[torch.arange(10), labels] - by_hand[torch.arange(10), (labels + 1) % 10]
+    assert torch.allclose(shift, difference, atol=1e-5)
+    assert answers.shape == (10,)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_concatenation_gives_d_a_second_channel_that_is_the_labels_map(kind):
+    D, images, labels = discriminator(kind, "concatenation")
+    assert D.class_heads is None
+    seen = D.seen(images, labels)
+    side = images.shape[2]
+    assert seen.shape == (10, 2, side, side)
+    assert torch.equal(seen[:, :1], images)
+    for k in range(10):
+        assert torch.equal(seen[k, 1], D.class_maps.weight[k].view(side, side))
+    first = next(module for module in D.modules() if isinstance(module, nn.Conv2d))
+    assert first.in_channels == 2
+    assert not torch.allclose(D(images, labels), D(images, (labels + 1) % 10))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_auxiliary_d_names_the_class_and_does_not_look_at_the_label(kind):
+    D, images, labels = discriminator(kind, "auxiliary")
+    answers = D(images, labels)
+    assert answers.shape == (10, 11)
+    assert torch.equal(answers, D(images, (labels + 1) % 10))
+    assert torch.equal(du.real_logit(answers), answers[:, 0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_misread_classes_cost(kind, digits):
+    """By hand: -log softmax at the label, for both kinds of images in D's step."""
+    gan = make(kind, conditioning="auxiliary")
+    gan._set_data(digits)
+    real, labels = du.normalise(gan.images[:16]), gan.labels[:16]
+    gan.discriminator.eval()
+    logits, cost = du.ask(gan, gan.discriminator, real, labels)
+    answers = gan.discriminator(real, labels)
+    by_hand = -answers[:, 1:].log_softmax(dim=1)[torch.arange(16), labels].mean()
+    assert cost.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert torch.equal(logits, answers[:, 0])
+    for way in ("projection", "concatenation"):
+        other = make(kind, conditioning=way)
+        assert du.ask(other, other.discriminator, real, labels)[1] == 0.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_players_pay_for_misread_classes(kind, digits):
+    """The heads move in D's step; and G's gradient is another one than without the cost."""
+    gan = make(kind, conditioning="auxiliary", batch_size=16)
+    before = gan.discriminator.class_heads.weight.detach().clone()
+    gan.train(1, data=digits, callbacks=[])
+    assert not torch.equal(gan.discriminator.class_heads.weight, before)
+    gan.generator.train()
+    labels, images = gan.labels[:16], du.normalise(gan.images[:16])
+    gradients = []
+    for asked in (labels, (labels + 5) % 10):  # the same fakes, other digits asked of them: only the cost differs
+        torch.manual_seed(0)
+        fake = gan._fake(16, labels)
+        logits, cost = du.ask(gan, gan.discriminator.eval(), fake, asked)
+        loss = gan.loss.generator(logits) + cost
+        gradients.append(torch.autograd.grad(loss, gan.generator.embedding.weight)[0])
+    assert not torch.allclose(*gradients)
+    assert images.shape[0] == 16
+
+
+def test_without_labels_nothing_is_added():
+    for way in WAYS:
+        gan = make(du.DCGAN, conditioning=way)
+        assert (gan.generator.embedding, gan.discriminator.class_heads, gan.discriminator.class_maps) == (None,) * 3
+        assert not any("class" in name or "embedding" in name for name in gan.discriminator.state_dict())
+    assert du.count_parameters(du.DCGAN.networks[0](Config()))[0] == 3_576_577
+    plain, asked = (du.count_parameters(du.DCGAN.networks[1](Config(conditional=c)))[1] for c in (False, True))
+    assert asked - plain == 10 * (8192 + 1)  # ten linear heads on 512·4·4 features
+
+
+# ----------------------------------------------------------------------------------------------- in training
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_trains_saves_resumes_and_scores(kind, way, digits, tmp_path):
+    gan = make(kind, conditioning=way)
+    history = gan.train(1, data=digits, callbacks=[])
+    assert min(history["move_D"][0], history["move_G"][0]) > 1e-4
+    assert all(math.isfinite(history[name][0]) for name in du.METRICS)
+    gan.save(tmp_path / "c")
+    again = kind.load(tmp_path / "c")
+    assert again.config.conditioning == way
+    for one in (gan, again):
+        one.train(1, data=digits, callbacks=[])
+    assert same(gan, again)
+    images = gan.sample(4, seed=1, digits=[3, 1, 4, 1])
+    assert not torch.equal(images, gan.sample(4, seed=1, digits=[2, 7, 1, 8]))
+    scores = gan.score(images, [3, 1, 4, 1])
+    assert scores.shape == (4,)
+    assert 0 <= scores.min() <= scores.max() <= 1
+    with pytest.raises(ValueError, match="conditioning is built in"):
+        gan.reconfigure(conditioning=next(other for other in WAYS if other != way))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_penalties_and_other_losses_go_with_labels(way, digits):
+    gan = make(du.FastDCGAN, conditioning=way, loss="wasserstein", gradient_penalty=10.0, batch_norm_D=False)
+    history = gan.train(1, data=digits, callbacks=[])
+    assert history["slope"][0] > 0
+    fake = gan.fixed_samples(10)
+    slopes = du.slopes(gan.discriminator, fake, torch.arange(10))
+    other = du.slopes(gan.discriminator, fake, (torch.arange(10) + 1) % 10)
+    assert torch.allclose(slopes, other) == (way == "auxiliary")  # its 'real' does not ask for the label
+
+
+def test_the_64x64_recipe_draws_the_digit_asked_for(tmp_path, digits):
+    assert du.RECIPES["conditional"] is du.ConditionalDCGAN
+    plain, asked = du.DCGAN.defaults, du.ConditionalDCGAN.defaults
+    assert (asked.image_size, asked.conditional, asked.conditioning) == (64, True, "projection")
+    assert {name for name in vars(plain) if getattr(plain, name) != getattr(asked, name)} == {"conditional"}
+    gan = make(du.ConditionalDCGAN, out_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"ConditionalDCGAN is class-conditional.*none"):
+        gan.train(1, data=digits[0], callbacks=[])
+    gan.train(1, data=digits, callbacks=[])
+    for wrong in ([10, 1, 1], [-1, 0, 0], [1, 2]):
+        with pytest.raises(ValueError, match="whole numbers from 0 to 9"):
+            gan.sample(3, digits=wrong)
+    picture = gan.generate_images(1)
+    grid = picture.axes[0].images[0].get_array()
+    side = gan.config.image_size
+    assert grid.shape[:2] == (10 * (side + 2) + 2, 10 * (side + 2) + 2)  # ten rows, a column for each digit
+    top = torch.as_tensor(grid[2 : 2 + side, 2 + 3 * (side + 2) : 2 + 3 * (side + 2) + side, 0])
+    assert torch.allclose(top, (gan.fixed_samples(100)[3, 0] + 1) / 2, atol=1e-5)
+    assert gan._digits(100, None)[3] == 3
+    with pytest.raises(ValueError, match="conditioning = 'film'"):
+        make(du.ConditionalDCGAN, conditioning="film")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_d_learns_to_use_the_label(way, digits):
+    """Trained on two flat greys that only the label tells apart, G draws the one that is asked for."""
+    images = torch.cat([torch.full((128, 28, 28), 40), torch.full((128, 28, 28), 215)]).to(torch.uint8)
+    labels = torch.arange(256) // 128
+    gan = make(
+        du.FastDCGAN, ngf=8, ndf=8, conditioning=way, num_classes=2, lr_schedule="constant", ema=0.0, batch_size=32
+    )
+    gan.train(15, data=(images, labels), callbacks=[])
+    dark, light = (gan.sample(32, seed=0, digits=k).mean().item() for k in (0, 1))
+    assert light - dark > 0.8  # the data: 1.37

@@ -1,0 +1,189 @@
+"""Compare each recipe's images per second with the same networks trained the textbook way, on this machine.
+
+    python tools/benchmark.py                         # about 6 minutes; results/benchmark/*.json and the table
+    python tools/benchmark.py --repeats 1 --seconds 5
+
+The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
+sample anew, D's weight gradients computed in G's step and thrown away, `.item()` after every batch. Each measurement is
+a process of its own; the two ways take turns, so that a machine shared with others is unfair to both alike.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from torchvision import transforms  # noqa: E402
+
+import dcgan_utils as du  # noqa: E402
+
+RESULTS = ROOT / "results" / "benchmark"
+WAYS = ("textbook", "ours")
+WARM_UP = 3  # batches before the clock starts: allocations, and oneDNN choosing its kernels
+
+
+class Digits(Dataset):
+    """Serve digits as `torchvision.datasets.MNIST` does: each resized when it is asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.images, self.labels = du.load_images("mnist")
+        steps = [transforms.Resize(size), transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+        self.transform = transforms.Compose(steps)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
+
+
+def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
+    """Train as public scripts do and yield the images of each batch when it is done."""
+    config = kind.resolve()
+    device = du.pick_device(config.device)
+    torch.manual_seed(config.seed)
+    generator, discriminator = (network(config).to(device) for network in kind.networks)
+    optimizer_G, optimizer_D = (
+        torch.optim.Adam(network.parameters(), lr=lr, betas=(config.beta1, config.beta2))
+        for network, lr in ((generator, config.lr_G), (discriminator, config.lr_D))
+    )
+    criterion = torch.nn.BCEWithLogitsLoss()
+    loader = DataLoader(Digits(config.image_size), batch_size=config.batch_size, shuffle=True, num_workers=2)
+    for images, digits in loader:
+        real, labels = images.to(device), digits.to(device) if config.conditional else None
+        discriminator.zero_grad()
+        logits = discriminator(real, labels)
+        loss_real = criterion(logits, torch.full_like(logits, config.real_label_smooth))
+        loss_real.backward()
+        fake = generator(torch.randn(len(real), config.nz, device=device), labels)
+        logits = discriminator(fake.detach(), labels)
+        loss_fake = criterion(logits, torch.full_like(logits, config.fake_label_smooth))
+        loss_fake.backward()
+        optimizer_D.step()
+        generator.zero_grad()
+        logits = discriminator(fake, labels)
+        loss_G = criterion(logits, torch.full_like(logits, config.generator_target))
+        loss_G.backward()
+        optimizer_G.step()
+        _ = (loss_real + loss_fake).item(), loss_G.item(), logits.sigmoid().mean().item()
+        yield len(real)
+
+
+class Clock(du.Callback):
+    """Count images after the warm-up and stop when the seconds are over."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.start, self.images, self.batches = seconds, 0.0, 0, 0
+
+    def count(self, images: int) -> bool:
+        """Take note of one more batch; return whether the time is over."""
+        self.batches += 1
+        if self.batches <= WARM_UP:
+            self.start = time.perf_counter()
+            return False
+        self.images += images
+        return time.perf_counter() - self.start >= self.seconds
+
+    def on_batch_end(self, gan: du.Trainer) -> None:
+        """Count a batch of ours, done on the device."""
+        if gan.device.type == "cuda" and (self.batches <= WARM_UP or gan.batch % 50 == 0):
+            torch.cuda.synchronize()
+        if self.count(gan.config.batch_size):
+            gan.stop("measured")
+
+    def rate(self) -> float:
+        """Return images per second."""
+        return self.images / (time.perf_counter() - self.start)
+
+
+def measure(kind: type[du.GAN], way: str, seconds: float) -> dict[str, float]:
+    """Return images per second and the peak of this process's resident memory, in MiB."""
+    clock = Clock(seconds)
+    if way == "ours":
+        kind().train(callbacks=[clock], max_seconds=60 + 10 * seconds)
+    else:
+        for images in textbook_batches(kind):
+            if clock.count(images):
+                break
+    rate = clock.rate()
+    return {"images_per_second": rate, "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def machine() -> str:
+    """Describe what it ran on, without naming it."""
+    device = du.pick_device("auto")
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    units = torch.backends.cpu.get_cpu_capability()
+    return f"{torch.get_num_threads()} threads, {platform.machine()} {units}, torch {torch.__version__}"
+
+
+def table(results: dict) -> str:
+    """Return the medians as a Markdown table."""
+    rows = ["| recipe | precision | textbook img/s | ours img/s | ratio | textbook MiB | ours MiB |", "|" + "---|" * 7]
+    for recipe, cell in results["recipes"].items():
+        rate, size = (
+            {way: statistics.median(run[name] for run in cell[way]) for way in WAYS}
+            for name in ("images_per_second", "mebibytes")
+        )
+        ratio = statistics.median(
+            b["images_per_second"] / a["images_per_second"] for a, b in zip(cell["textbook"], cell["ours"], strict=True)
+        )
+        rows.append(
+            f"| `{du.RECIPES[recipe].__name__}` | {cell['precision']} | {rate['textbook']:.0f} | {rate['ours']:.0f} "
+            f"| {ratio:.2f} | {size['textbook']:.0f} | {size['ours']:.0f} |"
+        )
+    return (
+        f"{results['machine']}; median of {results['repeats']} runs of {results['seconds']:g} s each\n\n"
+        + "\n".join(rows)
+    )
+
+
+def compare(recipes: list[str], repeats: int, seconds: float) -> dict:
+    """Measure every recipe both ways, in turns, each in a process of its own."""
+    results = {"machine": machine(), "repeats": repeats, "seconds": seconds, "recipes": {}}
+    device = du.pick_device("auto")
+    for recipe in recipes:
+        precision = du.pick_precision("auto", device)
+        cell = results["recipes"][recipe] = {"precision": precision, **{way: [] for way in WAYS}}
+        for _ in range(repeats):
+            for way in WAYS:
+                command = [sys.executable, __file__, "--measure", way, "--recipes", recipe, "--seconds", str(seconds)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                cell[way].append(json.loads(done.stdout.splitlines()[-1]))
+    return results
+
+
+def main() -> None:
+    """Measure one way, or compare all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", choices=du.RECIPES, default=list(du.RECIPES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)  # one measurement, in its own process
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measure(du.RECIPES[options.recipes[0]], options.measure, options.seconds)))
+        return
+    results = compare(options.recipes, options.repeats, options.seconds)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

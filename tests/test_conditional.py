@@ -11,7 +11,7 @@ from torch import nn
 import dcgan_utils as du
 from dcgan_utils import Config
 
-WAYS = ("projection", "concatenation", "auxiliary")
+WAYS = ("projection", "matching", "concatenation", "auxiliary")
 KINDS = (du.ConditionalDCGAN, du.FastDCGAN)
 
 

@@ -48,7 +48,7 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "tracker": ("", "wandb", "tensorboard"),
     "conditional": (True, False),
-    "conditioning": ("projection", "concatenation", "auxiliary"),
+    "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),

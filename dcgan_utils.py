@@ -3979,7 +3979,7 @@ class FastDCGAN(GAN):
         conditional=True,  # one chooses the digit, and labels speed learning up
         conditioning="matching",  # half a misread sample in a hundred in place of three
         batch_size=64,  # twice the updates for the same images
-        num_epochs=4,
+        num_epochs=6,
         lr_G=2e-3,  # ten times DCGAN's: small networks bear it, and the schedule ends at 0
         lr_D=2e-3,
         lr_schedule="linear_tail",

@@ -72,12 +72,16 @@ class Repeater(nn.Module):
         return self.bank[pick] + 0.01 * self.grey.tanh()
 
 
-class SwappedLabels(du.NonSaturatingLoss):
-    """Take real for 0 and fake for 1 in D's loss."""
+class SwappedLabels:
+    """Take real for 0 and fake for 1 in D's loss, whichever it is; G's stays right."""
+
+    def __init__(self, config: du.Config) -> None:
+        self.right = du.LOSSES[config.loss](config)
+        self.generator = self.right.generator
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return the loss of the wrong way round."""
-        return super().discriminator(fake_logits, real_logits)
+        return self.right.discriminator(fake_logits, real_logits)
 
 
 class LeftInEval(du.Callback):

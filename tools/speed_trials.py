@@ -68,6 +68,9 @@ class Knobs:
     warm_up: int = 0  # batches over which the rates rise from 0
     grow_batch: float = 0.0  # share of the time after which the batch doubles
     free_share: float = 0.0  # share of each loss that judges without the label
+    match: float = (
+        0.0  # weight of D's loss on real digits that claim to be another one (matching-aware, Reed et al. 2016)
+    )
     sample_scale: float = 1.0  # z is stretched so much when sampling
     styles: int = 1  # clusters within each class (of all digits, where there are no labels) that stand as labels
 
@@ -122,6 +125,7 @@ class TrialDiscriminator(nn.Module):
     def __init__(self, config: du.Config, knobs: Knobs) -> None:
         super().__init__()
         self.knobs, w = knobs, config.ndf
+        self.wrongs: list[Tensor] = []  # what D's step on real and on fake digits says of wrong labels
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
         first = [du.halve(knobs.pack, w)]
@@ -154,7 +158,14 @@ class TrialDiscriminator(nn.Module):
             inputs = torch.cat([features, features.std(dim=0).mean().expand(len(features), 1)], dim=1)
         logits = self.head(inputs).squeeze(1)
         if self.class_heads is not None:
-            share = self.class_heads(features).gather(1, labels[:, None]).squeeze(1)
+            shares = self.class_heads(features)
+            share = shares.gather(1, labels[:, None]).squeeze(1)
+            if self.knobs.match and self.training:
+                wrong = (labels + torch.randint_like(labels, 1, shares.shape[1])) % shares.shape[1]
+                self.wrongs = [
+                    *self.wrongs[-1:],
+                    F.softplus(shares.gather(1, wrong[:, None]).squeeze(1) - share).mean(),
+                ]
             if self.knobs.free_share:
                 share = share * (torch.rand_like(share) >= self.knobs.free_share)
             logits = logits + share
@@ -199,7 +210,7 @@ class TrialGAN(du.FastDCGAN):
         """Return the share of the time that is over."""
         return self._elapsed / self._max_seconds
 
-    def _set_learning_rates(self) -> None:
+    def _follow_schedule(self) -> None:
         """Set both rates by the knobs' schedule."""
         over = max(0.0, (self.share() - self.knobs.tail_from) / max(1e-9, 1 - self.knobs.tail_from))
         factor = (1 + math.cos(math.pi * over)) / 2 if self.knobs.tail == "cosine" else 1 - over
@@ -235,6 +246,8 @@ class TrialGAN(du.FastDCGAN):
             real, labels = self.batch_now
             for weight, images in ((self.knobs.r1, real), (self.knobs.r2, self.fake_now.detach())):
                 loss = loss + (weight * self.knobs.lazy / 2 * self.penalty(images, labels) if weight else 0)
+        if player == "D" and self.knobs.match:
+            loss = loss + self.knobs.match * self.discriminator.wrongs[0]
         return super().update(player, loss)
 
     def penalty(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -389,6 +402,84 @@ IDEAS: dict[str, Idea] = {
         r1=0.2,
         timed_as="B, pairs, R1",
     ),
+    "B, pairs, R1 0.2, match": ON_B.but(
+        "D also learns that a real digit with a wrong label is wrong (Reed et al. 2016)",
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        r1=0.2,
+        match=0.5,
+        timed_as="B, pairs, R1",
+    ),
+    "B, pairs, R1 0.2, EMA 0.995": ON_B.but(
+        "a longer average",
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        r1=0.2,
+        ema=0.995,
+        timed_as="B, pairs, R1",
+    ),
+    "B, R1 0.2, match": ON_B.but(
+        "both, with B's own loss", init="he", batch_norm_D=False, r1=0.2, match=0.5, timed_as="B, pairs, R1"
+    ),
+    "B, R1 0.2, match 0.25": ON_B.but(
+        "half of it", init="he", batch_norm_D=False, r1=0.2, match=0.25, timed_as="B, pairs, R1"
+    ),
+    "B, R1 0.5, match": ON_B.but(
+        "a stronger penalty", init="he", batch_norm_D=False, r1=0.5, match=0.5, timed_as="B, pairs, R1"
+    ),
+    "B, R1 + R2 0.2, match": ON_B.but(
+        "on fakes too, every eighth step",
+        init="he",
+        batch_norm_D=False,
+        r1=0.2,
+        r2=0.2,
+        lazy=8,
+        match=0.5,
+        timed_as="B, pairs, R1",
+    ),
+    "B, pairs, R1 + R2 0.2, match": ON_B.but(
+        "on fakes too, every eighth step",
+        r1=0.2,
+        r2=0.2,
+        lazy=8,
+        match=0.5,
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        timed_as="B, pairs, R1",
+    ),
+    "B, pairs, R1 + R2 0.5, match": ON_B.but(
+        "stronger",
+        r1=0.5,
+        r2=0.5,
+        lazy=8,
+        match=0.5,
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        timed_as="B, pairs, R1",
+    ),
+    "B, pairs, R1 0.2, match 0.25": ON_B.but(
+        "half of it",
+        r1=0.2,
+        match=0.25,
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        timed_as="B, pairs, R1",
+    ),
+    "B, pairs, R1 0.4, match": ON_B.but(
+        "a stronger penalty",
+        r1=0.4,
+        match=0.5,
+        init="he",
+        batch_norm_D=False,
+        loss="pairs",
+        timed_as="B, pairs, R1",
+    ),
+    "B, match": LIKE_B.but("D also learns that a real digit with a wrong label is wrong (Reed et al. 2016)", match=0.5),
     "B, no BatchNorm in D": ON_B.but(
         "D judges each image by itself; kept variance, a quarter of its rate",
         init="he",
@@ -434,6 +525,42 @@ IDEAS: dict[str, Idea] = {
         lr_D=2e-3,
         verdict="open: twice UB's rates, and k-means before",
     ),
+    "UB, R1 0.2": U.but(
+        "as for the conditional one",
+        batch_size=64,
+        narrow=32,
+        lr_G=2e-3,
+        lr_D=2e-3,
+        init="he",
+        batch_norm_D=False,
+        r1=0.2,
+    ),
+    "UB, pairs, R1 0.2": U.but(
+        "the same with pairs",
+        batch_size=64,
+        narrow=32,
+        lr_G=2e-3,
+        lr_D=2e-3,
+        init="he",
+        batch_norm_D=False,
+        r1=0.2,
+        loss="pairs",
+        timed_as="UB, R1 0.2",
+    ),
+    "UB, pairs, R1 + R2 0.2": U.but(
+        "on fakes too, every eighth step",
+        batch_size=64,
+        narrow=32,
+        lr_G=2e-3,
+        lr_D=2e-3,
+        init="he",
+        batch_norm_D=False,
+        r1=0.2,
+        r2=0.2,
+        lazy=8,
+        loss="pairs",
+        timed_as="UB, R1 0.2",
+    ),
     "UB, pack 2": U.but("D sees two images at once (PacGAN 2018)", batch_size=64, narrow=32, pack=2),
     "FastDCGAN": Idea("the module's, as it is", own=True),
     "FastDCGAN, label-free": Idea("the module's, as it is", config={"conditional": False}, own=True, base="U"),
@@ -448,7 +575,7 @@ def trial(name: str, seed: int, seconds: float) -> dict[str, Any]:
     started = time.process_time()
     clock = lambda: (gan.epoch * 60_000 + gan.position) / rate  # noqa: E731
     with mock.patch.object(du.time, "perf_counter", clock):
-        gan.train(max_seconds=seconds, callbacks=[], data=data)
+        gan.train(10_000, max_seconds=seconds, callbacks=[], data=data)
     used = time.process_time() - started
     images = gan.epoch * len(gan.images) + gan.position
     kept = {"idea": name, "seed": seed, "seconds": seconds, "images": images, "cpu_seconds": round(used, 1)}

@@ -2200,7 +2200,8 @@ def _check_too_strong(now: dict[str, float], history: History, config: Config) -
     separation, above = (now["D_x"] - now["D_G_z"]) / (a - b), (now["D_G_z"] - b) / (a - b)
     explodes = now["loss_G"] > 3 * generator_loss_at_equilibrium(config)
     wins = separation > 0.88 or now["loss_G"] > 9 * generator_loss_at_equilibrium(config)
-    wins = wins or (explodes and (above < 0.1 or now["D_acc"] > (0.9 if usual_suspect(config) else 0.93)))
+    sure = config.loss == "bce" and now["D_acc"] > (0.9 if usual_suspect(config) else 0.93)  # pairs are easier to tell
+    wins = wins or (explodes and (above < 0.1 or sure))
     status = "red" if wins else "yellow" if explodes else "green"
     message = f"D(G(z)) is at its floor {b:g} and G's loss is {now['loss_G']:.1f}: G learns nothing from so sure a D"
     if status == "yellow":
@@ -3990,13 +3991,6 @@ class FastDCGAN(GAN):
         batch_norm_D=False,  # the penalty holds D in its place
         ema=0.99,  # averages out the last steps' wobble
     )
-
-    @classmethod
-    def resolve(cls, config: Config | None = None, **overrides: Any) -> Config:
-        """Return the recipe's Config; the label-free one halves the learning rates unless told otherwise."""
-        if config is None and overrides.get("conditional") is False:
-            overrides = {"lr_G": 1e-3, "lr_D": 1e-3, **overrides}
-        return super().resolve(config, **overrides)
 
 
 class WGANGP(GAN):

@@ -68,6 +68,20 @@ def test_an_auxiliary_d_names_the_class_and_does_not_look_at_the_label(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_matching_d_is_a_projection_that_also_tells_its_classes(kind):
+    """From one seed both have the same weights: the same logit, and beside it the heads of all classes."""
+    (D, images, labels), (other, _, _) = discriminator(kind, "matching"), discriminator(kind, "projection")
+    answers = D(images, labels)
+    assert answers.shape == (10, 11)
+    assert torch.equal(du.real_logit(answers), other(images, labels))
+    shifted = D(images, (labels + 1) % 10)
+    assert torch.equal(answers[:, 1:], shifted[:, 1:])  # the classes do not ask which label is claimed
+    n = torch.arange(10)
+    moved = answers[n, 1 + labels] - answers[n, 1 + (labels + 1) % 10]
+    assert torch.allclose(answers[:, 0] - shifted[:, 0], moved, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_misread_classes_cost(kind, digits):
     """By hand: -log softmax at the label, for both kinds of images in D's step."""
     gan = make(kind, conditioning="auxiliary")
@@ -98,10 +112,109 @@ def test_both_players_pay_for_misread_classes(kind, digits):
         torch.manual_seed(0)
         fake = gan._fake(16, labels)
         logits, cost = du.ask(gan, gan.discriminator.eval(), fake, asked)
-        loss = gan.loss.generator(logits) + cost
+        rivals = [torch.zeros_like(logits)] if gan.config.loss == "relativistic" else []
+        loss = gan.loss.generator(logits, *rivals) + cost
         gradients.append(torch.autograd.grad(loss, gan.generator.embedding.weight)[0])
     assert not torch.allclose(*gradients)
     assert images.shape[0] == 16
+
+
+# ----------------------------------------------------------------------------------------------- matching labels
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_wrong_label_costs(kind, digits):
+    """By hand: ½ softplus(wrong - right), of real images and only where D's step asks for it."""
+    gan = make(kind, conditioning="matching")
+    gan._set_data(digits)
+    real, labels = du.normalise(gan.images[:16]), gan.labels[:16]
+    D = gan.discriminator.eval()
+    torch.manual_seed(7)
+    logits, cost = du.ask(gan, D, real, labels, real=True)
+    torch.manual_seed(7)
+    wrong = (labels + torch.randint(1, 10, (16,))) % 10
+    classes = D(real, labels)[:, 1:].tolist()
+    by_hand = [math.log1p(math.exp(row[w] - row[k])) for row, w, k in zip(classes, wrong, labels, strict=True)]
+    assert cost.item() == pytest.approx(sum(by_hand) / 16 / 2, rel=1e-5)
+    assert cost.dtype == torch.float32
+    assert torch.equal(logits, D(real, labels)[:, 0])
+    state = torch.get_rng_state()
+    for one in (du.ask(gan, D, real, labels), du.ask(gan, D, gan._fake(16, labels), labels, real=False)):
+        assert one[1] == 0.0
+    torch.set_rng_state(state)
+    assert du.ask(gan, D, real, labels)[1] == 0.0
+    assert torch.equal(torch.get_rng_state(), state)  # nor is a label drawn
+    for way in ("projection", "concatenation"):
+        other = make(kind, conditioning=way)
+        assert du.ask(other, other.discriminator, real, labels, real=True)[1] == 0.0
+    free = make(kind, conditioning="matching", conditional=False)
+    assert du.ask(free, free.discriminator, real, None, real=True)[1] == 0.0
+
+
+def test_the_wrong_label_is_each_of_the_others_as_often():
+    """Heads that favour one class by much: it costs that much when it is drawn, else nothing."""
+    gan = make(du.FastDCGAN)
+    labels = torch.full((9000,), 4)
+    for favoured in (0, 5, 9, 4):
+        answers = torch.zeros(9000, 11)
+        answers[:, 1 + favoured] = 1000.0
+        torch.manual_seed(favoured)
+        _, cost = du.ask(gan, lambda images, labels, answers=answers: answers, torch.zeros(9000), labels, real=True)
+        if favoured == 4:
+            assert cost.item() == 0  # the right one is never drawn as a wrong one
+            continue
+        rest = math.log(2) / 2 * 8 / 9  # all other pairs are level
+        drawn = 500 / 9
+        assert cost.item() == pytest.approx(drawn + rest, abs=5 * 500 * math.sqrt(8 / 81 / 9000))
+
+
+def test_only_real_images_in_ds_step_pay_for_wrong_labels(digits, monkeypatch):
+    seen, ask = [], du.ask
+
+    def noted(gan, network, images, labels, real=False):
+        answers, cost = ask(gan, network, images, labels, real)
+        training = [p.requires_grad for p in gan.discriminator.parameters()]
+        seen.append((any(training), real, float(cost)))
+        return answers, cost
+
+    monkeypatch.setattr(du, "ask", noted)
+    gan = make(du.FastDCGAN)
+    gan.train(1, data=(digits[0][:16], digits[1][:16]), callbacks=[])
+    (of_real, of_fake), of_g = seen[:2], seen[2:]
+    assert of_real[:2] == (True, True)
+    assert of_real[2] > 0
+    assert of_fake == (True, False, 0.0)
+    assert of_g == [(False, False, 0.0)] * 2  # G's own images and the real ones that it is compared with
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cost_of_wrong_labels_moves_heads_and_features(kind, digits):
+    gan = make(kind, conditioning="matching")
+    gan._set_data(digits)
+    _, cost = du.ask(gan, gan.discriminator, du.normalise(gan.images[:16]), gan.labels[:16], real=True)
+    cost.backward()
+    assert gan.discriminator.class_heads.weight.grad.norm() > 0
+    assert gan.discriminator.layers[0].weight.grad.norm() > 0
+    if kind is du.FastDCGAN:
+        assert gan.discriminator.head.weight.grad is None  # 'real' is not asked
+
+
+def ranked(gan, images, labels):
+    """Return the share of (real image, wrong label) pairs whose right label stands above the wrong one."""
+    with torch.no_grad():
+        classes = gan.discriminator.eval()(images, labels)[:, 1:]
+    gan.discriminator.train()
+    right = classes.gather(1, labels[:, None])
+    return (right > classes).sum().item() / (len(labels) * 9)
+
+
+def test_training_teaches_which_label_is_right():
+    """Of real images that training has not seen; at first a coin's toss."""
+    images, labels = du.load_images("mnist", "test")
+    new, of_new = du.normalise(images[-500:]), labels[-500:]
+    gan = make(du.FastDCGAN, ngf=8, ndf=8, batch_size=32, lr_schedule="constant")
+    before = ranked(gan, new, of_new)
+    assert 0.3 < before < 0.7
+    gan.train(4, data=(images[:640], labels[:640]), callbacks=[])
+    assert ranked(gan, new, of_new) > 0.9
 
 
 def test_without_labels_nothing_is_added():
@@ -132,7 +245,11 @@ def test_every_way_trains_saves_resumes_and_scores(kind, way, digits, tmp_path):
     assert not torch.equal(images, gan.sample(4, seed=1, digits=[2, 7, 1, 8]))
     scores = gan.score(images, [3, 1, 4, 1])
     assert scores.shape == (4,)
-    assert 0 <= scores.min() <= scores.max() <= 1
+    if gan.config.loss == "bce":
+        assert 0 <= scores.min() <= scores.max() <= 1
+    with torch.no_grad():
+        logits = du.real_logit(gan.discriminator.eval()(images, torch.tensor([3, 1, 4, 1])))
+    assert torch.allclose(scores, logits.sigmoid() if gan.config.loss == "bce" else logits, atol=1e-5)
     with pytest.raises(ValueError, match="conditioning is built in"):
         gan.reconfigure(conditioning=next(other for other in WAYS if other != way))
 

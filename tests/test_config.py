@@ -14,6 +14,7 @@ from dcgan_utils import Config
 
 RANGES = {  # field: the lowest and the highest value that is allowed, and one on either side that is not
     "image_size": (16, 1024, 15, 1025),
+    "channels": (1, 16, 0, 17),
     "nz": (1, 4096, 0, 4097),
     "ngf": (1, 1024, 0, 1025),
     "ndf": (1, 1024, 0, 1025),
@@ -26,9 +27,11 @@ RANGES = {  # field: the lowest and the highest value that is allowed, and one o
     "beta1": (0, 0.9999, -0.1, 1.0),
     "beta2": (0, 0.99999, -0.1, 1.0),
     "adam_eps": (1e-12, 1e-2, 0.0, 0.1),
+    "pack": (1, 64, 0, 65),
     "d_steps": (0, 100, -1, 101),
     "g_steps": (0, 100, -1, 101),
     "gradient_penalty": (0, 10_000, -1.0, 10_001),
+    "penalty_every": (1, 1000, 0, 1001),
     "growth": (0, 1, -0.1, 1.1),
     "real_label_smooth": (0.3, 1, -0.1, 1.1),
     "fake_label_smooth": (0, 0.8, -0.1, 1.1),
@@ -78,9 +81,10 @@ def test_every_other_field_is_a_choice_or_text():
 
 @pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN, du.FastDCGAN])
 def test_no_recipe_is_broken_on_purpose(kind):
-    """What is there only to see what goes wrong is off."""
+    """What is there only to see what goes wrong is off; D goes without BatchNorm only where a penalty holds it."""
     config = kind.resolve()
-    assert (config.detach, config.batch_norm_G, config.batch_norm_D) == (True, True, True)
+    assert (config.detach, config.batch_norm_G) == (True, True)
+    assert config.batch_norm_D == (config.gradient_penalty == 0) == (kind is not du.FastDCGAN)
     assert config.d_steps == config.g_steps == 1
 
 
@@ -210,7 +214,9 @@ def test_configure_checks_the_values_too():
             {
                 "batch_size": 64, "image_size": 28, "nz": 64, "ngf": 32, "ndf": 32, "optimizer": "adam",
                 "lr_G": 2e-3, "lr_D": 2e-3, "beta1": 0.5, "beta2": 0.99, "lr_schedule": "linear_tail",
-                "real_label_smooth": 0.9, "fake_label_smooth": 0.0, "ema": 0.99, "conditional": True,
+                "ema": 0.99, "conditional": True, "conditioning": "matching", "loss": "relativistic",
+                "gradient_penalty": 0.2, "penalty_every": 8, "batch_norm_D": False, "batch_norm_G": True,
+                "channels": 1, "pack": 1, "start_at_background": True, "dropout_D": 0.0, "dropout_G": 0.0,
             },
         ),
         (
@@ -227,9 +233,35 @@ def test_the_recipes_numbers(kind, numbers):
     assert {name: getattr(config, name) for name in numbers} == numbers
 
 
+@pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN, du.ConditionalDCGAN, du.ProgressiveGAN, du.WGANGP])
+def test_the_other_recipes_judge_grey_images_one_by_one(kind):
+    config = kind.resolve()
+    assert (config.channels, config.pack, config.penalty_every) == (1, 1, 1)
+    assert config.conditioning == "projection"
+    assert config.loss == ("wasserstein" if kind is du.WGANGP else "bce")
+
+
+@pytest.mark.parametrize(("pack", "batch_size"), [(2, 127), (3, 128), (64, 96), (64, 32)])
+def test_packs_must_fill_the_batch(pack, batch_size):
+    message = refused(pack=pack, batch_size=batch_size)
+    for part in (f"Config.pack = {pack} ", f"not {batch_size}", "divides"):
+        assert part in message
+    assert Config(pack=pack, batch_size=pack * 2).pack == pack
+
+
+def test_a_pack_has_no_one_label():
+    message = refused(pack=2, conditional=True)
+    assert "Config.pack = 2 " in message
+    assert "conditional=False" in message
+    with pytest.raises(ValueError, match=r"Config\.pack = 2 .*conditional=False"):
+        du.FastDCGAN(pack=2)
+    assert du.FastDCGAN.resolve(pack=2, conditional=False).pack == 2
+
+
 def test_the_label_free_fast_recipe_is_u_unless_told_otherwise():
     free = du.FastDCGAN.resolve(conditional=False)
     assert (free.conditional, free.lr_G, free.lr_D, free.beta2, free.ema) == (False, 1e-3, 1e-3, 0.99, 0.99)
+    assert (free.loss, free.gradient_penalty, free.penalty_every, free.batch_norm_D) == ("relativistic", 0.2, 8, False)
     told = du.FastDCGAN.resolve(conditional=False, lr_G=3e-3)
     assert (told.lr_G, told.lr_D) == (3e-3, 1e-3)
 

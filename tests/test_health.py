@@ -13,13 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import FastCrossEntropy
 
 import dcgan_utils as du
 from dcgan_utils import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DCGAN, STABLE, FAST = (kind.resolve() for kind in (du.DCGAN, du.StableDCGAN, du.FastDCGAN))
-RECIPES = [du.DCGAN, du.StableDCGAN, du.FastDCGAN]
+SUMMED = [du.DCGAN, du.StableDCGAN, FastCrossEntropy]  # whose answers aim at labels, so that theory knows their sum
+RECIPES = [*SUMMED, du.FastDCGAN]
 MOVES = {"move_D": 0.01, "move_G": 0.02, "move_BN_D": 0.1, "move_BN_G": 0.2}
 SAMPLES = {"diversity": 1.0, "spacing": 1.0}
 JUDGED = {"confidence": 0.9, "class_gap": 0.05, "fid": 5.0, "precision": 0.7, "recall": 0.6, "near_copies": 0.01}
@@ -27,9 +29,14 @@ NEWER = {*du.METRICS[5:], *du.EPOCH_READINGS, *JUDGED} - {"diversity"}  # what t
 WELL = {"D_acc": 0.5, "D_std": 0.1, "grad_D": 1.0, "grad_G": 1.0, "leak": 0.0, "swing": 0.02} | MOVES | SAMPLES | JUDGED
 
 
+def aims(config: Config) -> tuple[float, float]:
+    """Return what D is to answer to real and to fake: the labels; of pairs 1 and 0, whatever the labels say."""
+    return (1.0, 0.0) if config.loss == "relativistic" else (config.real_label_smooth, config.fake_label_smooth)
+
+
 def history_of(config: Config, *epochs: dict, **last) -> du.History:
     """Return a history whose last epoch has the given readings; the others are those of the equilibrium, all well."""
-    a, b = config.real_label_smooth, config.fake_label_smooth
+    a, b = aims(config)
     m = (a + b) / 2
     still = {"loss_D": du.discriminator_loss_bounds(config)[1], "loss_G": -math.log(m), "D_x": m, "D_G_z": m}
     still |= {**WELL, "seconds": 9.0, "images_per_second": 99.0}
@@ -63,7 +70,8 @@ def test_the_equilibrium_is_never_red(kind):
         (du.DCGAN, {"D_x": 0.75, "D_G_z": 0.3, "loss_D": 1.2, "diversity": 0.95, "D_acc": 0.7}),
         # the figures that StableDCGAN's README reports
         (du.StableDCGAN, {"D_x": 0.47, "D_G_z": 0.43, "loss_D": 1.3537, "loss_G": 0.8464, "D_acc": 0.555}),
-        (du.FastDCGAN, {"D_x": 0.6, "D_G_z": 0.3, "loss_D": 1.2, "diversity": 0.9}),
+        (FastCrossEntropy, {"D_x": 0.6, "D_G_z": 0.3, "loss_D": 1.2, "diversity": 0.9}),
+        (du.FastDCGAN, {"D_x": 0.7, "D_G_z": 0.3, "loss_D": 0.5, "loss_G": 1.1, "D_acc": 0.75, "diversity": 0.9}),
     ],
 )
 def test_a_healthy_history_is_green(kind, readings):
@@ -254,12 +262,14 @@ def test_the_readmes_reading(kind, metric, name, value, status, words):
 
 def test_bands_of_ones_own_stand_between_faults_and_theory():
     band = du.Band("images_per_second", "speed", (10, 50), "slow", "fast", True)
-    findings = du.diagnose(history_of(FAST), bands=[band]).findings
+    findings = du.diagnose(history_of(FastCrossEntropy.resolve()), bands=[band]).findings
     names = [finding.name for finding in findings]
     assert names[len(du.FAULT_CHECKS) :] == [
         "speed (README)", "separation (theory)", "D(x) + D(G(z)) (theory)", "D loss (theory)",
     ]  # fmt: skip
     assert findings[len(du.FAULT_CHECKS)].message == "fast"
+    of_pairs = [finding.name for finding in du.diagnose(history_of(FAST), bands=[band]).findings]
+    assert of_pairs[len(du.FAULT_CHECKS) :] == ["separation (theory)", "D loss (theory)"]  # READMEs know labels
 
 
 @pytest.mark.parametrize(
@@ -275,7 +285,7 @@ def test_the_verdict_on_ds_accuracy(accuracy, words):
 
 
 # ----------------------------------------------------------------------------------------------- theory
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", SUMMED)
 def test_sum_rule(kind):
     config = kind.resolve()
     a, b = config.real_label_smooth, config.fake_label_smooth
@@ -290,6 +300,14 @@ def test_sum_rule(kind):
             assert finding.status == status
             assert float(finding.value) == pytest.approx(a + b + off, abs=0.006)
             assert bool(finding.remedy) == (status != "green")
+
+
+def test_the_sum_of_a_pair_is_no_reading():
+    """D(x) + D(G(z)) is 1 of every pair, however D answers: a line of the panel that says so would say nothing."""
+    assert not any("D(x) + D(G(z))" in name for name in panel(du.FastDCGAN, D_x=0.9, D_G_z=0.1))
+    for real, fake in ((3.0, -2.0), (-4.0, 1.0), (0.0, 0.0)):
+        reading = du.read_discriminator(torch.full((4,), real), torch.full((4,), fake), FAST)
+        assert (reading["D_x"] + reading["D_G_z"]).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -307,7 +325,7 @@ def test_sum_rule(kind):
 )
 def test_separation_is_the_gap_as_a_share_of_what_the_labels_allow(kind, share, status, words, strong):
     config = kind.resolve()
-    a, b = config.real_label_smooth, config.fake_label_smooth
+    a, b = aims(config)
     x, z = ((a + b) + share * (a - b)) / 2, ((a + b) - share * (a - b)) / 2
     findings = panel(kind, D_x=x, D_G_z=z)
     finding = findings["separation (theory)"]
@@ -332,18 +350,20 @@ def test_what_the_readme_calls_healthy_is_called_a_d_that_separates_perfectly():
 
 
 @pytest.mark.parametrize(
-    ("kind", "floor", "edge", "middle", "g_loss"),
+    ("kind", "floor", "balance", "edge", "middle", "g_loss"),
     [
-        (du.DCGAN, "0.92", "1.88", "0.525", "0.64"),  # -ln 0.525
-        (du.StableDCGAN, "0.33", "1.88", "0.45", "0.80"),
-        (du.FastDCGAN, "0.33", "1.88", "0.45", "0.80"),
+        (du.DCGAN, "0.92", "1.38", "1.88", "0.525", "0.64"),  # -ln 0.525
+        (du.StableDCGAN, "0.33", "1.38", "1.88", "0.45", "0.80"),
+        (FastCrossEntropy, "0.33", "1.38", "1.88", "0.45", "0.80"),
+        (du.FastDCGAN, "0.00", "0.69", "1.19", "0.5", "0.69"),  # of pairs: one answer each, ln 2 for both players
     ],
 )
-def test_the_loss_is_shown_between_its_floor_and_its_equilibrium(kind, floor, edge, middle, g_loss):
-    finding = panel(kind, loss_D=1.2)["D loss (theory)"]
-    assert (finding.status, finding.value, finding.band) == ("green", "1.20", f"{floor} – {edge}")
-    assert "1.38: equilibrium" in finding.message
-    assert f"answers {middle}, G loss {g_loss}" in finding.message
+def test_the_loss_is_shown_between_its_floor_and_its_equilibrium(kind, floor, balance, edge, middle, g_loss):
+    for loss, status in ((float(edge) - 0.68, "green"), (float(edge) - 0.01, "green"), (float(edge) + 0.02, "yellow")):
+        finding = panel(kind, loss_D=loss)["D loss (theory)"]
+        assert (finding.status, finding.value, finding.band) == (status, f"{loss:.2f}", f"{floor} – {edge}")
+        assert f"{balance}: equilibrium" in finding.message
+        assert f"answers {middle}, G loss {g_loss}" in finding.message
     assert panel(kind, loss_D=2.5)["D loss (theory)"].status == "yellow"
 
 
@@ -433,7 +453,7 @@ NO_CHANGES = {"BatchNorm", "labels", "detach", "undertrained"}  # faults of the 
 def spelt_out(config: Config, readings: dict) -> dict:
     """Return readings with D's answers for a `share` of what the labels allow, and losses beside their equilibrium."""
     readings = dict(readings)
-    a, b = config.real_label_smooth, config.fake_label_smooth
+    a, b = aims(config)
     if "share" in readings:
         half = readings.pop("share") * (a - b) / 2
         readings |= {"D_x": (a + b) / 2 + half, "D_G_z": (a + b) / 2 - half}
@@ -923,11 +943,12 @@ def test_the_text_panel_shows_every_finding_whole():
 @pytest.mark.parametrize("kind", RECIPES)
 def test_quiet_findings_are_hidden_while_they_are_green(kind):
     calm, loud = diagnosis_of(kind), diagnosis_of(kind, leak=1e-5)
-    always = {"sample diversity", "separation (theory)", "D(x) + D(G(z)) (theory)", "D loss (theory)"}
+    theory = {"separation (theory)", "D loss (theory)"} | ({"D(x) + D(G(z)) (theory)"} if kind in SUMMED else set())
+    always = {"sample diversity", *theory}
     always |= {f"{band.title} (README)" for band in kind.bands}
     assert {finding.name for finding in calm.shown} == always
     assert {finding.name for finding in loud.shown} == always | {"detach"}
-    assert len(calm.findings) == len(du.FAULT_CHECKS) + len(kind.bands) + 3
+    assert len(calm.findings) == len(du.FAULT_CHECKS) + len(kind.bands) + len(theory)
     for show in (du.panel_text, du.panel_html):
         assert "detach" in show(loud)
         assert "detach" not in show(calm)

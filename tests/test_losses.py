@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import make, same, weights
+from tiny import BCE, make, same, weights
 from torch import nn
 
 import dcgan_utils as du
@@ -14,6 +14,9 @@ from dcgan_utils import Config
 FAMILY = list(du.LOSSES)
 NO_PENALTY = {"gradient_penalty": 0.0}
 REAL, FAKE = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.5, -3.0, 1.0])
+OF_PAIRS = torch.tensor([1 / (1 + math.exp(-d)) for d in (1.5, 3, -2)]), torch.tensor(
+    [1 / (1 + math.exp(d)) for d in (1.5, 3, -2)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,9 @@ def test_only_differences_count_where_no_value_is_aimed_at(name):
     shifted = du.read_discriminator(REAL + 7, FAKE + 7, Config(loss=name))
     assert reading["D_acc"].item() == shifted["D_acc"].item() == pytest.approx(2 / 3)  # pairs in which real leads
     assert reading["gap"].item() == pytest.approx(shifted["gap"].item(), abs=1e-6)
+    if name == "relativistic":  # a pair's probabilities do not know where both lie
+        for reads in ("D_x", "D_G_z", "D_std"):
+            assert reading[reads].item() == pytest.approx(shifted[reads].item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -101,12 +107,60 @@ def test_losses_are_computed_in_float32(name, dtype):
 def test_d_is_reported_as_it_answers():
     for name in FAMILY:
         reading = du.read_discriminator(REAL, FAKE, Config(loss=name))
-        expected = REAL.sigmoid() if name == "bce" else REAL
-        assert reading["D_x"].item() == pytest.approx(expected.mean().item(), abs=1e-6)
+        expected = {"bce": (REAL.sigmoid(), FAKE.sigmoid()), "relativistic": OF_PAIRS}.get(name, (REAL, FAKE))
+        assert reading["D_x"].item() == pytest.approx(expected[0].mean().item(), abs=1e-6)
+        assert reading["D_G_z"].item() == pytest.approx(expected[1].mean().item(), abs=1e-6)
+        assert reading["D_std"].item() == pytest.approx(torch.cat(expected).std().item(), abs=1e-6)
         assert reading["gap"].item() == pytest.approx((reading["D_x"] - reading["D_G_z"]).item(), abs=1e-6)
     assert du.read_discriminator(REAL, FAKE, Config(loss="hinge"))["D_acc"].item() == pytest.approx(1 / 3)
     squares = Config(loss="least_squares", real_label_smooth=1.0, fake_label_smooth=0.0)
     assert du.read_discriminator(REAL, FAKE, squares)["D_acc"].item() == pytest.approx((1 / 3 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("real", "fake", "D_x", "D_acc", "D_std"),
+    [
+        (0.0, 0.0, 0.5, 0.0, 0.0),  # nothing leads: D knows no better than a coin
+        (math.log(3), 0.0, 0.75, 1.0, 0.25),
+        (7.0, 7.0 + math.log(4), 0.2, 0.0, 0.3),
+        (-40.0, 40.0, 0.0, 0.0, 0.5),
+    ],
+)
+def test_pairs_are_read_as_probabilities(real, fake, D_x, D_acc, D_std):
+    """Of sixteen pairs alike: sigmoid of the difference, for the fake one what is left of 1."""
+    config = Config(loss="relativistic", real_label_smooth=0.7, fake_label_smooth=0.3)  # labels do not matter
+    reading = du.read_discriminator(torch.full((16,), real), torch.full((16,), fake), config)
+    assert reading["D_x"].item() == pytest.approx(D_x, abs=1e-6)
+    assert reading["D_G_z"].item() == pytest.approx(1 - D_x, abs=1e-6)
+    assert reading["gap"].item() == pytest.approx(2 * D_x - 1, abs=1e-6)
+    assert reading["D_acc"].item() == D_acc
+    assert reading["D_std"].item() == pytest.approx(D_std * math.sqrt(32 / 31), abs=1e-6)
+
+
+def test_a_probability_of_pairs_is_the_mean_over_pairs():
+    reading = du.read_discriminator(REAL, FAKE, Config(loss="relativistic"))
+    by_hand = sum(1 / (1 + math.exp(-d)) for d in (1.5, 3.0, -2.0)) / 3
+    assert reading["D_x"].item() == pytest.approx(by_hand, abs=1e-6)
+    assert reading["D_G_z"].item() == pytest.approx(1 - by_hand, abs=1e-6)
+    assert abs(by_hand - 1 / (1 + math.exp(-2.5 / 3))) > 0.01  # and not the probability of the mean
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize(("a", "b"), [(1.0, 0.0), (0.85, 0.2)])
+def test_targets_are_the_labels_and_of_pairs_one_and_zero(name, a, b):
+    config = Config(loss=name, real_label_smooth=a, fake_label_smooth=b)
+    assert du.targets(config) == ((1.0, 0.0) if name == "relativistic" else (a, b))
+
+
+@pytest.mark.parametrize(("a", "b", "wish"), [(1.0, 0.0, 1.0), (0.85, 0.2, 0.9)])
+def test_the_equilibrium_of_pairs_is_ln_2_whatever_the_labels(a, b, wish):
+    config = Config(loss="relativistic", real_label_smooth=a, fake_label_smooth=b, generator_target=wish)
+    assert du.discriminator_loss_bounds(config) == pytest.approx((0.0, math.log(2)))
+    assert du.generator_loss_at_equilibrium(config) == pytest.approx(math.log(2))
+    loss, same_to_all = du.RelativisticLoss(config), torch.full((8,), 3.0)
+    assert loss.discriminator(same_to_all, same_to_all).item() == pytest.approx(math.log(2))
+    assert loss.generator(same_to_all, same_to_all).item() == pytest.approx(math.log(2))
+    assert loss.discriminator(same_to_all + 50, same_to_all).item() == pytest.approx(0, abs=1e-12)
 
 
 # ----------------------------------------------------------------------------------------------- penalties
@@ -129,9 +183,9 @@ class Bowl(nn.Module):
         return images.flatten(1).square().sum(dim=1) / 2
 
 
-def penalty_of(critic, loss, weight, real, fake):
+def penalty_of(critic, loss, weight, real, fake, every=1):
     """Return the penalty of a critic that stands in for D."""
-    config = Config(loss=loss, gradient_penalty=weight, batch_norm_D=False)
+    config = Config(loss=loss, gradient_penalty=weight, penalty_every=every, batch_norm_D=False)
     gan = type("Holder", (), {"config": config, "discriminator": critic})
     return du.gradient_penalty(gan, real, fake, None)
 
@@ -158,6 +212,72 @@ def test_r1_and_r2_look_at_both_kinds_and_wasserstein_between_them():
     points = [1 + math.sqrt(value) for value in seen]  # the slope of the bowl is the point itself
     assert 2 <= min(points) < 2.5
     assert 5.5 < max(points) <= 6
+
+
+@pytest.mark.parametrize("loss", ["wasserstein", "relativistic", "hinge"])
+@pytest.mark.parametrize("every", [1, 2, 8])
+def test_a_lazy_penalty_is_as_many_times_as_strong(loss, every):
+    """So that the mean over all iterations stays what it was (Karras et al. 2020, appendix B)."""
+    real, fake = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8)
+    expected = {"wasserstein": (3.0 - 1) ** 2}.get(loss, 3.0**2)
+    lazy = penalty_of(Plane(3.0), loss, 0.7, real, fake, every)
+    assert lazy.item() == pytest.approx(0.7 * every * expected, rel=1e-5)
+
+
+def penalties_of(gan, monkeypatch):
+    """Return a list in which every penalty leaves the iteration that it was taken at."""
+    taken, take = [], du.gradient_penalty
+    monkeypatch.setattr(du, "gradient_penalty", lambda gan, *x: (taken.append(gan.step), take(gan, *x))[1])
+    return taken
+
+
+@pytest.mark.parametrize("kind", [du.FastDCGAN, du.DCGAN])
+@pytest.mark.parametrize(
+    ("every", "d_steps", "expected"),
+    [(1, 1, list(range(12))), (2, 1, [0, 2, 4, 6, 8, 10]), (5, 1, [0, 5, 10]), (8, 1, [0, 8]), (1000, 1, [0]),
+     (2, 2, [0, 0, 2, 2, 4, 4])],
+)  # fmt: skip
+def test_a_lazy_penalty_is_taken_at_every_so_many_iterations(kind, every, d_steps, expected, digits, monkeypatch):
+    """Counted over the whole run, not anew in every epoch of six batches; each of D's steps of one iteration takes it."""
+    fields = {"loss": "relativistic", "gradient_penalty": 0.2, "batch_norm_D": False}
+    gan = make(kind, penalty_every=every, d_steps=d_steps, **fields)
+    taken = penalties_of(gan, monkeypatch)
+    gan.train(2, data=digits, callbacks=[])
+    assert taken == expected
+
+
+def test_a_lazy_penalty_keeps_its_turn_over_a_checkpoint(digits, tmp_path, monkeypatch):
+    gan = make(du.FastDCGAN, penalty_every=4)
+    taken = penalties_of(gan, monkeypatch)
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "p")
+    again = du.GAN.load(tmp_path / "p")
+    again.train(1, data=digits, callbacks=[])
+    assert taken == [0, 4, 8]
+    again.reconfigure(penalty_every=3)  # and may be changed while training
+    again.train(1, data=digits, callbacks=[])
+    assert taken == [0, 4, 8, 12, 15]
+    again.reconfigure(gradient_penalty=0.0)
+    again.train(1, data=digits, callbacks=[])
+    assert len(taken) == 5
+
+
+def test_between_its_penalties_d_steps_as_without_one(digits):
+    """The first iteration pays, the second does not: from one state, with and without, D moves alike there."""
+    moved = {}
+    for weight in (0.0, 0.2):
+        for step in (0, 1):
+            gan = make(du.FastDCGAN, gradient_penalty=weight, penalty_every=2, conditioning="projection")
+            gan._set_data(digits)
+            gan.step = step
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                fake = gan._fake(16, gan.labels[:16])
+            du.train_discriminator(gan, du.normalise(gan.images[:16]), fake, gan.labels[:16])
+            moved[weight, step] = weights(gan.discriminator)
+    assert torch.equal(moved[0.0, 0], moved[0.0, 1])
+    assert torch.equal(moved[0.2, 1], moved[0.0, 1])
+    assert not torch.equal(moved[0.2, 0], moved[0.0, 0])
 
 
 def test_without_a_penalty_no_random_number_is_drawn_for_it(digits):
@@ -201,7 +321,8 @@ def test_wgan_gp_is_what_its_paper_says():
 @pytest.mark.parametrize("kind", [du.DCGAN, du.FastDCGAN])
 def test_every_loss_trains_every_kind_of_recipe(name, kind, digits):
     """With labels and without, with the penalty that goes with it; both players move and nothing diverges."""
-    gan = make(kind, loss=name, batch_norm_D=False, gradient_penalty={"bce": 0.0, "wasserstein": 10.0}.get(name, 1.0))
+    penalty = {"gradient_penalty": {"bce": 0.0, "wasserstein": 10.0}.get(name, 1.0), "penalty_every": 1}
+    gan = make(kind, loss=name, batch_norm_D=False, **penalty)
     history = gan.train(1, data=digits, callbacks=[])
     assert min(history["move_D"][0], history["move_G"][0]) > 1e-4
     assert history["leak"] == [0]
@@ -239,7 +360,7 @@ def test_a_relativistic_generator_asks_d_about_real_images_too(digits):
 
 
 def test_a_loss_may_be_changed_while_training(digits):
-    gan = make(du.FastDCGAN, batch_norm_D=False)
+    gan = make(du.FastDCGAN, **{**BCE, "batch_norm_D": False})
     gan.train(1, data=digits, callbacks=[])
     gan.reconfigure(loss="wasserstein", gradient_penalty=10.0)
     gan.train(1, data=digits, callbacks=[])
@@ -276,13 +397,37 @@ def panel(loss, **readings):
 
 
 def test_the_theory_of_cross_entropy_is_not_shown_for_other_losses():
+    """Pairs have probabilities too, but neither a README nor a sum that could be wrong."""
     for name in FAMILY:
         shown = {finding.name for finding in panel(name).findings}
-        of_bce = {"D(x) (README)", "separation (theory)", "D(x) + D(G(z)) (theory)", "D loss (theory)", "D too strong"}
-        of_bce |= {"D too weak", "labels", "D's answers", "oscillation"}
-        assert of_bce <= shown if name == "bce" else not of_bce & shown
+        of_labels = {"D(x) (README)", "D(G(z)) (README)", "D(x) + D(G(z)) (theory)"}
+        of_chances = {"separation (theory)", "D loss (theory)", "D too strong"}
+        of_chances |= {"D too weak", "labels", "D's answers", "oscillation"}
+        assert of_labels <= shown if name == "bce" else not of_labels & shown
+        assert of_chances <= shown if name in ("bce", "relativistic") else not of_chances & shown
         assert ({"Wasserstein estimate", "critic's slope"} <= shown) == (name == "wasserstein")
         assert {"sample diversity", "copies among samples", "a player stands still", "detach"} <= shown
+
+
+PAIRS = {"loss_D": 0.55, "loss_G": 0.9, "D_x": 0.6, "D_G_z": 0.4, "D_acc": 0.7, "D_std": 0.2, "gap": 0.2, "swing": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("readings", "cause"),
+    [
+        ({}, None),
+        ({"D_x": 0.97, "D_G_z": 0.03, "D_acc": 1.0}, "D too strong"),  # separation 0.94
+        ({"loss_G": 9.1 * math.log(2)}, "D too strong"),
+        ({"D_x": 0.4, "D_G_z": 0.6}, "D too weak"),
+        ({"D_std": 0.0}, "D's answers"),
+        ({"swing": 0.4}, "oscillation"),
+        ({"D_acc": 0.1, "loss_D": 0.4}, "labels"),
+    ],
+)
+def test_faults_of_pairs_are_told_by_their_probabilities(readings, cause):
+    found = panel("relativistic", **{**PAIRS, **readings}).cause
+    assert (found and found.name) == cause
+    assert cause in (None, "labels") or dataclasses.replace(Config(loss="relativistic"), **found.changes)
 
 
 @pytest.mark.parametrize(
@@ -320,17 +465,17 @@ def test_what_the_remedies_of_a_critic_change_fits():
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_pictures_of_every_loss_can_be_drawn(name, digits):
-    gan = make(du.FastDCGAN, loss=name, log_every=1)
+    gan = make(du.FastDCGAN, **{**BCE, "loss": name}, log_every=1)
     gan.train(2, data=digits, callbacks=[])
     _, answers, _ = gan.plot_history().axes
     labels = [line.get_label() for line in answers.lines]
     assert ("Wasserstein estimate" in labels) == (name == "wasserstein")
     assert ("D(x)" in labels) == (name != "wasserstein")
-    assert any("equilibrium" in str(label) for label in labels) == (name == "bce")
+    assert any("equilibrium" in str(label) for label in labels) == (name in ("bce", "relativistic"))
     look = du.take_look(gan)
     figure = du.plot_look(look, gan.history)
     assert du.figure_png(figure)[:4] == b"\x89PNG"
-    assert any("equilibrium" in ax.get_title() for ax in figure.axes) == (name == "bce")
+    assert any("equilibrium" in ax.get_title() for ax in figure.axes) == (name in ("bce", "relativistic"))
 
 
 def test_the_report_names_the_estimate(digits, capsys, tmp_path):

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import FastCrossEntropy
 from torch import nn
 
 import dcgan_utils as du
 from dcgan_utils import Config
 
 RECIPES = (du.DCGAN, du.StableDCGAN, du.FastDCGAN)
+NORMED = (du.DCGAN, du.StableDCGAN, FastCrossEntropy)  # the last with BatchNorm in D
 
 
 def leaves(network: nn.Module) -> list[nn.Module]:
@@ -60,11 +62,13 @@ def nets() -> dict[str, nn.Module]:
         "stable": du.StableDCGAN.resolve(),
         "fast": du.FastDCGAN.resolve(),
         "free": du.FastDCGAN.resolve(conditional=False),
+        "normed": FastCrossEntropy.resolve(),
+        "normed free": FastCrossEntropy.resolve(conditional=False),
+        "colour": du.FastDCGAN.resolve(conditional=False, channels=3),
+        "packed": du.FastDCGAN.resolve(conditional=False, channels=3, pack=2),
     }
-    kinds = {
-        name: {"stable": du.StableDCGAN, "fast": du.FastDCGAN, "free": du.FastDCGAN}.get(name, du.DCGAN)
-        for name in configs
-    }
+    kinds = {"stable": du.StableDCGAN, "dcgan": du.DCGAN, "literal": du.DCGAN}
+    kinds = {name: kinds.get(name, du.FastDCGAN) for name in configs}
     made = {}
     for name, config in configs.items():
         for letter, network in zip("GD", kinds[name].networks, strict=True):
@@ -108,20 +112,23 @@ STABLE_DISCRIMINATOR = [
 ]  # fmt: skip
 
 
-def fast_generator(latent: int) -> list[tuple]:
+def fast_generator(latent: int, channels: int = 1) -> list[tuple]:
     return [
         ("dense", latent, 7 * 7 * 128, False), ("BN", 128, 1e-5, 0.1), ("ReLU",),
         ("convT", 128, 32, 4, 2, 1, False), ("BN", 32, 1e-5, 0.1), ("ReLU",),
-        ("conv", 32, 4, 3, 1, 1, True), ("PixelShuffle",), ("Tanh",),
+        ("conv", 32, 4 * channels, 3, 1, 1, True), ("PixelShuffle",), ("Tanh",),
     ]  # fmt: skip
 
 
-FAST_DISCRIMINATOR = [
-    ("conv", 1, 32, 4, 2, 1, False), ("leaky", 0.2),
-    ("conv", 32, 64, 4, 2, 1, False), ("BN", 64, 1e-5, 0.1), ("leaky", 0.2),
-    ("conv", 64, 128, 3, 2, 1, False), ("BN", 128, 1e-5, 0.1), ("leaky", 0.2),
-    ("dense", 4 * 4 * 128, 1, True),
-]  # fmt: skip
+def fast_discriminator(channels: int = 1, norm: bool = False) -> list[tuple]:
+    return [
+        ("conv", channels, 32, 4, 2, 1, False), ("leaky", 0.2),
+        ("conv", 32, 64, 4, 2, 1, False), ("BN", 64, 1e-5, 0.1) if norm else ("Identity",), ("leaky", 0.2),
+        ("conv", 64, 128, 3, 2, 1, False), ("BN", 128, 1e-5, 0.1) if norm else ("Identity",), ("leaky", 0.2),
+        ("dense", 4 * 4 * 128, 1, True),
+    ]  # fmt: skip
+
+
 LAYERS = {
     "dcgan G": dcgan_generator(bias=True),
     "literal G": dcgan_generator(bias=False),
@@ -130,9 +137,15 @@ LAYERS = {
     "stable G": STABLE_GENERATOR,
     "stable D": STABLE_DISCRIMINATOR,
     "fast G": [("embedding", 10, 32), *fast_generator(64 + 32)],
-    "fast D": [*FAST_DISCRIMINATOR, ("dense", 4 * 4 * 128, 10, True)],
+    "fast D": [*fast_discriminator(), ("dense", 4 * 4 * 128, 10, True)],
     "free G": fast_generator(64),
-    "free D": FAST_DISCRIMINATOR,
+    "free D": fast_discriminator(),
+    "normed G": [("embedding", 10, 32), *fast_generator(64 + 32)],
+    "normed D": [*fast_discriminator(norm=True), ("dense", 4 * 4 * 128, 10, True)],
+    "normed free D": fast_discriminator(norm=True),
+    "colour G": fast_generator(64, channels=3),
+    "colour D": fast_discriminator(channels=3),
+    "packed D": fast_discriminator(channels=6),
 }
 
 
@@ -151,9 +164,15 @@ def test_every_layer(nets, name):
         ("stable G", 2_330_944, 2_305_472),  # as its README prints them
         ("stable D", 212_865, 212_865),
         ("fast G", 669_444 + 2 * 160, 669_444),
-        ("fast D", 129_931 + 2 * 192, 129_931),
+        # 32·16 + 32·64·16 + 64·128·9 weights of convolutions, 2048 + 1 of the head, 10 · (2048 + 1) of the classes'
+        ("fast D", 129_547, 129_547),
         ("free G", 669_444 - 320 - 32 * 6272 + 2 * 160, 669_444 - 320 - 32 * 6272),  # no embedding
-        ("free D", 129_931 - 20_490 + 2 * 192, 129_931 - 20_490),  # no class heads
+        ("free D", 109_057, 109_057),  # no class heads
+        ("normed D", 129_931 + 2 * 192, 129_931),  # BatchNorm 2·192 trained and 2·192 kept
+        ("normed free D", 129_931 - 20_490 + 2 * 192, 129_931 - 20_490),
+        ("colour G", 470_732 + 2 * 160, 470_732),  # 8 more maps at 14×14: 8 · (32·9 + 1) = 2,312 above free G
+        ("colour D", 110_081, 110_081),  # two more channels for the first 32 maps: 2·32·16 = 1,024
+        ("packed D", 111_617, 111_617),  # and three more: 3·32·16 = 1,536
     ],
 )
 def test_parameter_counts(nets, name, everything, trainable):
@@ -250,7 +269,9 @@ def test_images_and_logits_at_every_size(kind, size):
     assert images.dtype == torch.float32
     assert images.abs().max() <= 1
     assert images.var(dim=0).sum() > 0  # it looks at z
-    logits = gan.discriminator(images, labels)
+    answers = gan.discriminator(images, labels)
+    assert answers.shape == ((3, 11) if kind is du.FastDCGAN else (3,))  # the classes' own logits stand beside it
+    logits = du.real_logit(answers)
     assert logits.shape == (3,)
     assert logits.unique().numel() == 3  # it looks at the images
     assert gan.sample(2, seed=0).shape == (2, 1, size, size)
@@ -260,7 +281,9 @@ def test_images_and_logits_at_every_size(kind, size):
 def test_a_batch_of_one_image_gives_one_logit(kind):
     gan = small(kind, image_size=16)
     gan.discriminator.eval()
-    assert gan.discriminator(torch.randn(1, 1, 16, 16), torch.tensor([0])).shape == (1,)
+    answers = gan.discriminator(torch.randn(1, 1, 16, 16), torch.tensor([0]))
+    assert answers.shape == ((1, 11) if kind is du.FastDCGAN else (1,))
+    assert du.real_logit(answers).shape == (1,)
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -271,7 +294,7 @@ def test_discriminators_return_logits_of_either_sign_and_any_size(kind):
         for p in gan.discriminator.parameters():
             if p.ndim > 1:
                 p.mul_(30)
-    logits = gan.discriminator(torch.randn(64, 1, 16, 16), torch.zeros(64, dtype=torch.long))
+    logits = du.real_logit(gan.discriminator(torch.randn(64, 1, 16, 16), torch.zeros(64, dtype=torch.long)))
     assert logits.min() < 0 < 1 < logits.max()
 
 
@@ -326,7 +349,9 @@ def assert_normal(values: torch.Tensor, mean: float, std: float) -> None:
     assert abs(beyond - 0.0455) < 5 * math.sqrt(0.0455 / n)  # a uniform distribution has nothing there
 
 
-@pytest.mark.parametrize("name", ["dcgan G", "literal G", "dcgan D", "fast G", "fast D", "free G", "free D"])
+@pytest.mark.parametrize(
+    "name", ["dcgan G", "literal G", "dcgan D", "fast G", "normed D", "free G", "normed free D", "colour G"]
+)
 def test_dcgan_initialisation_was_applied(nets, name):
     norms, count = [], 0
     for module in leaves(nets[name]):
@@ -345,6 +370,36 @@ def test_dcgan_initialisation_was_applied(nets, name):
     assert_normal(torch.cat(norms), 1.0, 0.02)
 
 
+@pytest.mark.parametrize("name", ["fast D", "free D", "colour D", "packed D"])
+def test_a_fast_d_without_batch_norm_begins_by_kaiming(nets, name):
+    """He et al. 2015, eq. 14: variance 2 / ((1 + 0.2²) · fan in); the heads stay N(0, 0.02)."""
+    convolutions = [module for module in leaves(nets[name]) if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) == 3
+    for module in convolutions:
+        fan_in = module.in_channels * module.kernel_size[0] ** 2
+        assert_normal(module.weight, 0.0, math.sqrt(2 / (1.04 * fan_in)))
+    for module in leaves(nets[name]):
+        if isinstance(module, nn.Linear):
+            assert_normal(module.weight, 0.0, 0.02)
+            assert not module.bias.any()
+
+
+def test_kaiming_keeps_what_passes_from_layer_to_layer(nets):
+    """The mean square of the maps stays near 1; drawn from N(0, 0.02) a D without BatchNorm would lose it."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 1, 28, 28)
+    with torch.no_grad():
+        for conv in (layer for layer in nets["fast D"].layers if isinstance(layer, nn.Conv2d)):
+            maps = F.conv2d(x, conv.weight, stride=2)  # no padding: no zeros dilute the mean
+            x = F.leaky_relu(maps, 0.2)
+            assert 0.75 < x.square().mean() < 1.33
+        shrunk = du.FastDiscriminator(FastCrossEntropy.resolve()).layers
+        maps = torch.randn(64, 1, 28, 28)
+        for conv in (layer for layer in shrunk if isinstance(layer, nn.Conv2d)):
+            maps = F.leaky_relu(conv(maps), 0.2)
+    assert maps.square().mean() < 0.01
+
+
 @pytest.mark.parametrize("name", ["stable G", "stable D"])
 def test_glorot_initialisation_was_applied(nets, name):
     for module in leaves(nets[name]):
@@ -361,7 +416,7 @@ def test_glorot_initialisation_was_applied(nets, name):
             assert not module.bias.any()
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", [*RECIPES, FastCrossEntropy])
 def test_initialisation_reaches_the_gan(kind):
     """The networks inside a GAN, in their channels_last layout, hold the recipe's values, not PyTorch's."""
     gan = kind(device="cpu", image_size=16, ngf=32, ndf=32)
@@ -371,8 +426,10 @@ def test_initialisation_reaches_the_gan(kind):
             if weight is None or weight.ndim < 2 or isinstance(module, nn.Embedding):
                 continue
             taps = weight[0, 0].numel() if weight.ndim == 4 else 1
-            glorot = math.sqrt(2 / (taps * sum(weight.shape[:2])))
-            assert weight.std().item() == pytest.approx(glorot if kind is du.StableDCGAN else 0.02, rel=0.15)
+            std = math.sqrt(2 / (taps * sum(weight.shape[:2]))) if kind is du.StableDCGAN else 0.02
+            if kind is du.FastDCGAN and network is gan.discriminator and isinstance(module, nn.Conv2d):
+                std = math.sqrt(2 / (1.04 * taps * weight.shape[1]))  # Kaiming's, where BatchNorm is missing
+            assert weight.std().item() == pytest.approx(std, rel=0.15)
 
 
 # ----------------------------------------------------------------------------------------------- the start at black
@@ -526,10 +583,13 @@ def test_the_conditional_logit_is_real_plus_real_and_this_digit():
         d.class_heads.bias.copy_(torch.arange(10.0))
     x, labels = torch.randn(5, 1, 28, 28), torch.tensor([0, 3, 3, 9, 7])
     features = captured(d.head, lambda: d(x, labels), "input")
+    answers = d(x, labels)
+    assert answers.shape == (5, 11)
     for n, label in enumerate(labels):
         real = features[n] @ d.head.weight[0] + d.head.bias[0]
-        digit = features[n] @ d.class_heads.weight[label] + d.class_heads.bias[label]
-        assert d(x, labels)[n].item() == pytest.approx((real + digit).item(), abs=1e-5)
+        digits = features[n] @ d.class_heads.weight.T + d.class_heads.bias
+        assert du.real_logit(answers)[n].item() == pytest.approx((real + digits[label]).item(), abs=1e-5)
+        assert answers[n, 1:].tolist() == pytest.approx(digits.tolist(), abs=1e-5)
 
 
 def test_the_label_changes_image_and_logit_and_its_absence_nothing():
@@ -657,7 +717,7 @@ def test_the_spread_of_ds_answers_is_that_of_all_of_them():
 
 
 # ----------------------------------------------------------------------------------------------- the ways to break it
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize("kind", NORMED)
 def test_batch_norm_can_be_left_out_of_either_network(kind):
     """And nothing but it: the other layers keep their kinds, their order and their sizes."""
 
@@ -667,7 +727,7 @@ def test_batch_norm_can_be_left_out_of_either_network(kind):
     whole = small(kind)
     norms = [sum(layer[0] == "BN" for layer in layers(net)) for net in (whole.generator, whole.discriminator)]
     assert norms[0] >= 2
-    assert norms[1] == {du.DCGAN: 3, du.StableDCGAN: 0, du.FastDCGAN: 2}[kind]
+    assert norms[1] == {du.DCGAN: 3, du.StableDCGAN: 0, FastCrossEntropy: 2}[kind]
     for field, mine, other in (
         ("batch_norm_G", "generator", "discriminator"), ("batch_norm_D", "discriminator", "generator"),
     ):  # fmt: skip

@@ -1,5 +1,7 @@
 """Small GANs and comparisons that several test files use."""
 
+import dataclasses
+
 import torch
 
 import dcgan_utils as du
@@ -13,6 +15,19 @@ TINY = {
     du.WGANGP: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8, "d_steps": 1},
 }
 RECIPES = list(TINY)
+BCE = {  # FastDCGAN with cross-entropy, smoothed labels and BatchNorm in D
+    "loss": "bce", "gradient_penalty": 0.0, "penalty_every": 1, "batch_norm_D": True, "conditioning": "projection",
+    "real_label_smooth": 0.9, "fake_label_smooth": 0.0,
+}  # fmt: skip
+
+
+class FastCrossEntropy(du.FastDCGAN):
+    """FastDCGAN with the loss, labels and norms of the public recipes."""
+
+    defaults = dataclasses.replace(du.FastDCGAN.defaults, **BCE)
+
+
+TINY[FastCrossEntropy] = TINY[du.FastDCGAN]  # not one of RECIPES
 
 
 def make(kind=du.FastDCGAN, **overrides):

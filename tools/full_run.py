@@ -19,6 +19,18 @@ sys.path.insert(0, str(ROOT))
 import dcgan_utils as du  # noqa: E402
 
 
+class StopAtTime(du.Callback):
+    """End the slice; a limit given to `train` would have learning rates fall within every slice."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def on_batch_end(self, gan: du.GAN) -> None:
+        """Stop when it is time."""
+        if time.monotonic() >= self.end:
+            gan.stop("the slice is over")
+
+
 def main() -> None:
     """Train, or go on, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,7 +49,7 @@ def main() -> None:
     gan = kind.load(work / "newest") if (work / "newest").exists() else kind(**overrides)
     end = time.monotonic() + 60 * options.minutes
     while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
-        gan.train(max_seconds=min(options.slice, end - time.monotonic()), callbacks=[])
+        gan.train(callbacks=[StopAtTime(min(end, time.monotonic() + options.slice))])
         gan.save(work / "newest")
         frame = du.plot_images(gan.fixed_samples(36), title(gan), columns=6)
         du.save_picture(frame, work / "frames" / f"{gan.step:07d}.png")

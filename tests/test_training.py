@@ -56,6 +56,7 @@ def test_history_has_one_value_per_epoch(kind, digits):
     assert set(history.batches) == {"step", "epoch", *du.METRICS}
     without = {  # no BatchNorm; no critic
         du.StableDCGAN: {"move_BN_D", "slope"},
+        du.FastDCGAN: {"move_BN_D"},
         du.WGANGP: {"move_BN_D"},
         du.ProgressiveGAN: {"move_BN_D", "move_BN_G", "slope"},
     }.get(kind, {"slope"})
@@ -305,7 +306,9 @@ def test_data_are_resized_to_the_recipe(digits):
         (lambda x, y: (x, y + 1), r"labels 0 … 9.*1 … 10"),
         (lambda x, y: (x, y[:-1]), r"96 images but 95 labels"),
         (lambda x, y: (x.float(), y), r"needed are uint8"),
-        (lambda x, y: (x[:, None], y), r"needed are uint8 \(N, H, W\)"),
+        (lambda x, y: (x[:, None, None], y), r"needed are uint8 \(N, H, W\)"),
+        (lambda x, y: (x[0], y), r"needed are uint8 \(N, H, W\)"),
+        (lambda x, y: (x[:, None].expand(-1, 3, -1, -1), y), r"images have 3 channels, Config\.channels is 1"),
         (lambda x, y: (x[:0], y[:0]), r"N > 0"),
     ],
 )

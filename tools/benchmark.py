@@ -1,11 +1,13 @@
 """Compare each recipe's images per second with the same networks trained the textbook way, on this machine.
 
-    python tools/benchmark.py                         # about 6 minutes; results/benchmark/*.json and the table
-    python tools/benchmark.py --repeats 1 --seconds 5
+    python tools/benchmark.py                         # about 12 minutes; results/benchmark/cpu.json and the table
+    python tools/benchmark.py --repeats 1 --seconds 5 --quality 0
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
-sample anew, D's weight gradients computed in G's step and thrown away, `.item()` after every batch. Each measurement is
-a process of its own; the two ways take turns, so that a machine shared with others is unfair to both alike.
+sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
+after every batch. Each measurement is a process of its own; the two ways take turns, so that a machine shared with
+others is unfair to both alike. Then each recipe trains once for `--quality` seconds, and the judge says when its
+samples came below each Fréchet distance; the clock stands still while it reads.
 """
 
 import argparse
@@ -32,6 +34,9 @@ import dcgan_utils as du  # noqa: E402
 
 RESULTS = ROOT / "results" / "benchmark"
 WAYS = ("textbook", "ours")
+COMPARED = ("dcgan", "stable", "fast")
+LEVELS = (20, 5, 1)  # Fréchet distances of 1,000 samples
+LOOK = 5  # seconds of training from one look to the next
 WARM_UP = 3  # batches before the clock starts: allocations, and oneDNN choosing its kernels
 
 
@@ -56,25 +61,29 @@ def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
     device = du.pick_device(config.device)
     torch.manual_seed(config.seed)
     generator, discriminator = (network(config).to(device) for network in kind.networks)
+    for layer in [*generator.modules(), *discriminator.modules()]:
+        if isinstance(layer, du.FastDropout):
+            layer.__class__ = torch.nn.Dropout
     optimizer_G, optimizer_D = (
         torch.optim.Adam(network.parameters(), lr=lr, betas=(config.beta1, config.beta2))
         for network, lr in ((generator, config.lr_G), (discriminator, config.lr_D))
     )
     criterion = torch.nn.BCEWithLogitsLoss()
+    judge = lambda images, labels: du.real_logit(discriminator(images, labels))  # noqa: E731
     loader = DataLoader(Digits(config.image_size), batch_size=config.batch_size, shuffle=True, num_workers=2)
     for images, digits in loader:
         real, labels = images.to(device), digits.to(device) if config.conditional else None
         discriminator.zero_grad()
-        logits = discriminator(real, labels)
+        logits = judge(real, labels)
         loss_real = criterion(logits, torch.full_like(logits, config.real_label_smooth))
         loss_real.backward()
         fake = generator(torch.randn(len(real), config.nz, device=device), labels)
-        logits = discriminator(fake.detach(), labels)
+        logits = judge(fake.detach(), labels)
         loss_fake = criterion(logits, torch.full_like(logits, config.fake_label_smooth))
         loss_fake.backward()
         optimizer_D.step()
         generator.zero_grad()
-        logits = discriminator(fake, labels)
+        logits = judge(fake, labels)
         loss_G = criterion(logits, torch.full_like(logits, config.generator_target))
         loss_G.backward()
         optimizer_G.step()
@@ -113,6 +122,7 @@ def measure(kind: type[du.GAN], way: str, seconds: float) -> dict[str, float]:
     """Return images per second and the peak of this process's resident memory, in MiB."""
     clock = Clock(seconds)
     if way == "ours":
+        du.keep_memory()
         kind().train(callbacks=[clock], max_seconds=60 + 10 * seconds)
     else:
         for images in textbook_batches(kind):
@@ -120,6 +130,40 @@ def measure(kind: type[du.GAN], way: str, seconds: float) -> dict[str, float]:
                 break
     rate = clock.rate()
     return {"images_per_second": rate, "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+class Levels(du.Callback):
+    """Note after how many seconds of training the samples first came below each level; stop when time is over."""
+
+    def __init__(self, seconds: float) -> None:
+        images, test = (du.load_images("mnist", split)[0] for split in ("train", "test"))
+        self.seconds, self.reference = seconds, (images, test)
+        self.reached: dict[int, float] = {}
+        self.spent, self.due, self.start = 0.0, LOOK, time.perf_counter()
+
+    def on_train_begin(self, gan: du.GAN) -> None:
+        """Read the real digits at this recipe's size, and start the clock."""
+        self.reference = du.Reference(*self.reference, gan.config.image_size)
+        self.start = time.perf_counter()
+
+    def on_batch_end(self, gan: du.GAN) -> None:
+        """Look every few seconds."""
+        self.spent += time.perf_counter() - self.start
+        if self.spent >= min(self.due, self.seconds):
+            self.due += LOOK
+            distance = du.score_samples(gan.sample(1000, seed=0), self.reference)["fid"]
+            self.reached |= {level: self.spent for level in LEVELS if level not in self.reached and distance < level}
+            if self.spent >= self.seconds or len(self.reached) == len(LEVELS):
+                gan.stop("measured")
+        self.start = time.perf_counter()
+
+
+def quality(kind: type[du.GAN], seconds: float) -> dict[int, float]:
+    """Return the seconds after which the recipe came below each level, of those that it reached."""
+    levels = Levels(seconds)
+    du.keep_memory()
+    kind().train(callbacks=[levels], max_seconds=2 * seconds)
+    return levels.reached
 
 
 def machine() -> str:
@@ -133,18 +177,26 @@ def machine() -> str:
 
 def table(results: dict) -> str:
     """Return the medians as a Markdown table."""
-    rows = ["| recipe | precision | textbook img/s | ours img/s | ratio | textbook MiB | ours MiB |", "|" + "---|" * 7]
+    levels = " / ".join(f"{level}" for level in LEVELS)
+    rows = [
+        "| recipe | precision | textbook img/s | ours img/s | ratio | textbook MiB | ours MiB | "
+        f"s to distance {levels} |",
+        "|" + "---|" * 8,
+    ]
     for recipe, cell in results["recipes"].items():
         rate, size = (
             {way: statistics.median(run[name] for run in cell[way]) for way in WAYS}
             for name in ("images_per_second", "mebibytes")
         )
+        reached = cell.get("seconds_to_distance", {})
         ratio = statistics.median(
             b["images_per_second"] / a["images_per_second"] for a, b in zip(cell["textbook"], cell["ours"], strict=True)
         )
         rows.append(
             f"| `{du.RECIPES[recipe].__name__}` | {cell['precision']} | {rate['textbook']:.0f} | {rate['ours']:.0f} "
-            f"| {ratio:.2f} | {size['textbook']:.0f} | {size['ours']:.0f} |"
+            f"| {ratio:.2f} | {size['textbook']:.0f} | {size['ours']:.0f} | "
+            + " / ".join(f"{reached[str(level)]:.0f}" if str(level) in reached else "–" for level in LEVELS)
+            + " |"
         )
     return (
         f"{results['machine']}; median of {results['repeats']} runs of {results['seconds']:g} s each\n\n"
@@ -152,34 +204,46 @@ def table(results: dict) -> str:
     )
 
 
-def compare(recipes: list[str], repeats: int, seconds: float) -> dict:
-    """Measure every recipe both ways, in turns, each in a process of its own."""
-    results = {"machine": machine(), "repeats": repeats, "seconds": seconds, "recipes": {}}
+def compare(recipes: list[str], repeats: int, seconds: float, longest: float = 0) -> dict:
+    """Measure every recipe both ways, in turns, each in a process of its own; then how soon its samples are good."""
+    results = {"machine": machine(), "repeats": repeats, "seconds": seconds, "recipes": {}, "quality_seconds": longest}
     device = du.pick_device("auto")
     for recipe in recipes:
         precision = du.pick_precision("auto", device)
         cell = results["recipes"][recipe] = {"precision": precision, **{way: [] for way in WAYS}}
         for _ in range(repeats):
             for way in WAYS:
-                command = [sys.executable, __file__, "--measure", way, "--recipes", recipe, "--seconds", str(seconds)]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                cell[way].append(json.loads(done.stdout.splitlines()[-1]))
+                cell[way].append(in_a_process(way, recipe, seconds))
+        if longest:
+            cell["seconds_to_distance"] = in_a_process("quality", recipe, longest)
     return results
+
+
+def in_a_process(what: str, recipe: str, seconds: float) -> dict[str, float]:
+    """Return one measurement, made by this script in a process of its own."""
+    command = [sys.executable, __file__, "--measure", what, "--recipes", recipe, "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Measure one way, or compare all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", choices=du.RECIPES, default=list(du.RECIPES))
+    parser.add_argument("--recipes", nargs="+", choices=COMPARED, default=list(COMPARED))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15)
+    parser.add_argument("--quality", type=float, default=60, help="seconds of the run that is judged; 0: none")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)  # one measurement, in its own process
+    parser.add_argument(
+        "--measure", choices=(*WAYS, "quality"), help=argparse.SUPPRESS
+    )  # one measurement, in its own process
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(du.RECIPES[options.recipes[0]], options.measure, options.seconds)))
+        kind = du.RECIPES[options.recipes[0]]
+        good = options.measure == "quality"
+        print(json.dumps(quality(kind, options.seconds) if good else measure(kind, options.measure, options.seconds)))
         return
-    results = compare(options.recipes, options.repeats, options.seconds)
+    results = compare(options.recipes, options.repeats, options.seconds, options.quality)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

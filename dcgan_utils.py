@@ -7,8 +7,8 @@
     gan.generate_images()                     # a figure, also saved under outputs/
     gan.save("outputs/my_gan")                # safetensors + JSON; FastDCGAN.load("outputs/my_gan") goes on
 
-Measured on one core, without bf16, of a busy machine: 515 images/s, all ten digits readable after 90 s
-(`python tools/full_run.py --recipe fast --name fast --slice 90 --minutes 1.5`, picture in results/fast).
+Measured: after its six epochs `FastDCGAN` has a Fréchet distance of 0.20, real digits 0.09, and 99.9 % of its samples
+are read as the digit asked for (`python tools/full_run.py --recipe fast --name fast --slice 60`, results/fast).
 
 `DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.
 `ConditionalDCGAN` is the first of them with digits to choose, `WGANGP` has a critic in the place of D.

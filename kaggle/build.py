@@ -132,6 +132,7 @@ def to_kaggle_links(text: str) -> str:
     known = {p.name: p for p in notebooks()}
 
     def address(found: re.Match) -> str:
+        """Return the link's end with Kaggle's address in it."""
         path = known.get(found[1])
         return f"](https://www.kaggle.com/code/{OWNER}/{slug(title_of(path))})" if path else found[0]
 

@@ -546,10 +546,8 @@ class DCGANGenerator(ClassConditional):
         layers = hidden(first, norm(widths[0]), nn.ReLU(inplace=True), dropout=config.dropout_G)
         for wide, narrow in pairwise(widths):
             layers += hidden(double(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
-        layers += [
-            double(widths[-1], config.channels, bias=config.start_at_background),
-            nn.Tanh(),
-        ]  # see start_at_background below
+        last = double(widths[-1], config.channels, bias=config.start_at_background)  # see start_at_background below
+        layers += [last, nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
 
@@ -645,10 +643,9 @@ class FastGenerator(ClassConditional):
             nn.ReLU(inplace=True),  # (N, 128, 7, 7)
             # the dearest layer of both networks: 32 maps here in place of 64 are a quarter more images a second
             *hidden(double(4 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 32, 14, 14)
-            nn.Conv2d(
-                w, 4 * config.channels, kernel_size=3, padding=1
-            ),  # four maps at 14×14 cost what one at 28×28 would, and
-            nn.PixelShuffle(2),  # (N, 1, 28, 28): no 64 maps of that size are needed
+            # four maps at 14×14 cost what one at 28×28 would, and no 32 maps of that size are needed
+            nn.Conv2d(w, 4 * config.channels, kernel_size=3, padding=1),
+            nn.PixelShuffle(2),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
         self.apply(init_dcgan)
@@ -865,7 +862,7 @@ def as_patches(x: Tensor, weight: Tensor) -> bool:
     256 ↔ 512 channels at 8×8, forward and backward on one core with AVX2: 0.48 s against 0.60; half as wide it loses.
     """
     wide = x.device.type == "cpu" and min(weight.shape[:2]) >= 256
-    return wide and x.shape[2] % 2 == 0 and x.is_contiguous(memory_format=torch.channels_last)
+    return wide and not (x.shape[2] % 2 or x.shape[3] % 2) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def half_precision(*tensors: Tensor) -> list[Tensor]:
@@ -1318,8 +1315,11 @@ class Trainer:
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.config.precision, self.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.config.batch_size % self.world:
-            raise ValueError(f"batch_size = {self.config.batch_size} must be a multiple of the {self.world} processes")
+        if self.config.batch_size % (self.world * self.config.pack):
+            raise ValueError(
+                f"batch_size = {self.config.batch_size} must be a multiple of the {self.world} processes"
+                + f" times pack = {self.config.pack}" * (self.config.pack > 1)
+            )
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.default_generator.manual_seed(self.config.seed)
             self.generator = self._place(self.networks[0](self.config))
@@ -1788,12 +1788,15 @@ class Trainer:
         """
         if self.config.conditional and digits is None:
             raise ValueError("this recipe's D judges an image together with its digit: pass digits")
+        pack = self.config.pack
+        if len(images) % pack:
+            raise ValueError(f"this D judges packs of {pack} images: pass a multiple of it, not {len(images)}")
         labels = self._digits(len(images), digits)
         parts = [None] * len(images) if labels is None else labels.split(500)
         with evaluating(self.discriminator), self.autocast():
-            pairs = zip(images.split(500), parts, strict=False)
+            pairs = zip(images.split(500 // pack * pack), parts, strict=False)
             logits = [real_logit(self.discriminator(part.to(self.device), label)).float() for part, label in pairs]
-        return answer(torch.cat(logits), self.config).cpu()
+        return answer(torch.cat(logits), self.config).repeat_interleave(pack).cpu()
 
     def fixed_samples(self, n: int = PREVIEW) -> Tensor:
         """Return the images (n, 1, H, W) of the same n latent vectors at every call, so that one sees digits travel."""
@@ -1829,6 +1832,7 @@ class Trainer:
     def slope(self, n: int = 128) -> float:
         """Return the mean length of D's gradient halfway between n training images and fixed-noise samples."""
         real = self.real_samples(n)
+        real = real[: len(real) // self.config.pack * self.config.pack]  # whole packs
         between = (real + self.fixed_samples(len(real))).div(2).to(self.device)
         labels = self._digits(len(real), None)
         with evaluating(self.discriminator), torch.enable_grad():
@@ -2492,7 +2496,9 @@ def read_digits(images: Tensor, size: int | None = None) -> Reading:
     if images.is_floating_point():
         check_samples(images)
         images = to_greys(images)
-    images = resize_images(resize_images(images, size or images.shape[1]), 28)
+    elif images.ndim == 4 and images.shape[1] != 1:
+        raise ValueError(f"images have shape {tuple(images.shape)}; the judge reads grey ones, uint8 (N, H, W)")
+    images = resize_images(resize_images(images, size or images.shape[-1]), 28)
     judge, _ = load_judge()
     with torch.no_grad():
         features = torch.cat([judge.features(normalise(part)) for part in images.cpu().split(500)])
@@ -3202,6 +3208,7 @@ class Look:
 
 def take_look(gan: GAN, n: int = LOOK_IMAGES) -> Look:
     """Return a look at the GAN as it is now, while it does not train; the same n latent vectors at every call."""
+    n = max(n // gan.config.pack, 1) * gan.config.pack  # whole packs
     images = gan.fixed_samples(n)
     scores = gan.score(images, gan._digits(n, None))
     readings = gan.history.last()

@@ -199,22 +199,30 @@ def test_the_cost_of_wrong_labels_moves_heads_and_features(kind, digits):
 
 def ranked(gan, images, labels):
     """Return the share of (real image, wrong label) pairs whose right label stands above the wrong one."""
+    kept = []
+    hook = gan.discriminator.class_heads.register_forward_hook(lambda layer, inputs, output: kept.append(output))
     with torch.no_grad():
-        classes = gan.discriminator.eval()(images, labels)[:, 1:]
-    gan.discriminator.train()
+        gan.discriminator.eval()(images, labels)
+    hook.remove()
+    (classes,) = kept
     right = classes.gather(1, labels[:, None])
     return (right > classes).sum().item() / (len(labels) * 9)
 
 
-def test_training_teaches_which_label_is_right():
-    """Of real images that training has not seen; at first a coin's toss."""
+@pytest.mark.parametrize("seed", [42, 1])
+def test_matching_teaches_which_label_is_right_sooner_than_projection(seed):
+    """After 40 small batches, of real images that training has not seen; at first a coin's toss."""
     images, labels = du.load_images("mnist", "test")
     new, of_new = du.normalise(images[-500:]), labels[-500:]
-    gan = make(du.FastDCGAN, ngf=8, ndf=8, batch_size=32, lr_schedule="constant")
-    before = ranked(gan, new, of_new)
-    assert 0.3 < before < 0.7
-    gan.train(4, data=(images[:640], labels[:640]), callbacks=[])
-    assert ranked(gan, new, of_new) > 0.9
+    after = {}
+    for way in ("matching", "projection"):
+        gan = make(du.FastDCGAN, ndf=8, batch_size=32, lr_schedule="constant", conditioning=way, seed=seed)
+        before = ranked(gan, new, of_new)
+        assert 0.4 < before < 0.6
+        gan.train(1, data=(images[:1280], labels[:1280]), callbacks=[])
+        after[way] = ranked(gan, new, of_new)
+    assert after["matching"] > 0.7  # measured 0.77 to 0.82, with projection 0.56 to 0.65
+    assert after["matching"] > after["projection"] + 0.1
 
 
 def test_without_labels_nothing_is_added():

@@ -80,14 +80,15 @@ def test_two_processes_hold_the_same_weights_and_share_the_batch(root, folder, t
 
 
 def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(root, tmp_path):
-    # without BatchNorm, whose statistics are a process's own, halves of a batch add up to the whole exactly
+    # halves of a batch add up to the whole exactly, the penalty's too, where nothing is a process's own: neither the
+    # statistics of BatchNorm nor the wrong labels that matching draws
     script = tmp_path / "step.py"
     script.write_text(
         textwrap.dedent(f"""
         import torch, torch.distributed as dist
         import dcgan_utils as du
         dist.init_process_group("gloo")
-        gan = du.FastDCGAN(ngf=4, ndf=4, nz=8, batch_size=16, batch_norm_D=False, batch_norm_G=False)
+        gan = du.FastDCGAN(ngf=4, ndf=4, nz=8, batch_size=16, batch_norm_G=False, conditioning="projection")
         data = torch.Generator().manual_seed(5)
         real, fake = torch.randn(2, 16, 1, 28, 28, generator=data)
         labels = torch.arange(16) % 10
@@ -99,7 +100,9 @@ def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(root, tmp_path
         """)
     )
     run([*TORCHRUN, *TWO, str(script)], root)
-    gan = make(batch_norm_D=False, batch_norm_G=False)
+    gan = make(batch_norm_G=False, conditioning="projection")
+    assert gan.config.gradient_penalty > 0
+    assert not gan.config.batch_norm_D
     real, fake = torch.randn(2, 16, 1, 28, 28, generator=torch.Generator().manual_seed(5))
     du.train_discriminator(gan, real, fake, torch.arange(16) % 10)
     two = load_file(tmp_path / "two" / "weights.safetensors")

@@ -486,6 +486,8 @@ def read_remedy(text: str) -> dict[str, float]:
 @pytest.mark.parametrize(("name", "readings", "status", "words", "fields"), CASES)
 def test_every_fault_by_its_readings(kind, name, readings, status, words, fields):
     config = kind.resolve()
+    if kind is du.FastDCGAN and name == "D too strong" and "D_acc" in readings:
+        status, words = "yellow", "three times its equilibrium"  # which of a pair is real is easier to tell
     finding, diagnosis = finding_of(config, name, readings)
     assert finding.status == status
     assert (finding in diagnosis.shown) == (status != "green" or name == "sample diversity")
@@ -731,7 +733,9 @@ def test_a_setting_that_stands_out_goes_before_the_general_remedy(kind):
 def test_a_known_cause_convicts_sooner(kind, name, readings):
     config = kind.resolve()
     assert finding_of(config, name, readings)[0].status != "red"
-    assert finding_of(dataclasses.replace(config, nz=1), name, readings)[0].status == "red"
+    of_pairs = kind is du.FastDCGAN and name == "D too strong"  # whose D may tell nearly all pairs, known cause or not
+    convicted = "yellow" if of_pairs else "red"
+    assert finding_of(dataclasses.replace(config, nz=1), name, readings)[0].status == convicted
 
 
 @pytest.mark.parametrize("kind", RECIPES)
@@ -808,8 +812,9 @@ def kept_history(path: Path, bare: bool) -> du.History:
     if bare:
         for part in ("epochs", "batches"):
             record[part] = {name: values for name, values in record[part].items() if name not in NEWER}
-        for name in ("detach", "batch_norm_G", "batch_norm_D"):
-            record["config"].pop(name, None)
+        for name in ("detach", "batch_norm_G", "batch_norm_D", "channels", "pack", "penalty_every"):
+            if record["config"].get(name) == getattr(Config(), name):  # no older run could have another one
+                record["config"].pop(name, None)
     return du.History.from_json(record)
 
 

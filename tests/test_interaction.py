@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.colors import to_rgb
-from tiny import make, same, weights
+from tiny import BCE, make, same, weights
 
 import dcgan_utils as du
 
@@ -20,6 +20,12 @@ def cockpit(mnist_small):
     yield cockpit
     cockpit.pause(wait=True)
     assert not cockpit.playing
+
+
+@pytest.fixture
+def labelled(mnist_small):
+    """Return a cockpit of a tiny GAN with cross-entropy, whose D has labels to aim at."""
+    return du.Cockpit(make(**BCE), mnist_small)
 
 
 def until(condition, seconds=20):
@@ -144,13 +150,22 @@ def test_a_slider_rounds_to_three_digits(cockpit):
     assert cockpit.gan.config.lr_G == 0.00708
 
 
-def test_a_value_that_cannot_be_goes_back_and_says_why(cockpit):
+def test_a_value_that_cannot_be_goes_back_and_says_why(labelled):
+    cockpit = labelled
     cockpit.controls["fake_label_smooth"].value = 0.95
     assert cockpit.controls["fake_label_smooth"].value == 0
     assert cockpit.gan.config.fake_label_smooth == 0
     assert "fake_label_smooth" in cockpit.status.value
     with pytest.raises(ValueError, match="d_steps"):
         cockpit.change(d_steps=-1)
+
+
+@pytest.mark.parametrize("loss", list(du.LOSSES))
+def test_only_losses_with_labels_show_sliders_for_them(loss, mnist_small):
+    cockpit = du.Cockpit(make(**{**BCE, "loss": loss}), mnist_small)
+    hidden = {name for name, control in cockpit.controls.items() if control.layout.display == "none"}
+    labels = {"real_label_smooth", "fake_label_smooth"}
+    assert hidden == (set() if loss in ("bce", "least_squares") else labels)
 
 
 @pytest.mark.parametrize("name", du.SCENARIOS)
@@ -221,16 +236,28 @@ def test_the_picture_shows_scores_in_colour_and_in_words():
     assert [t.get_text() for t in figure.axes[0].texts] == ["0.00", "0.45", "0.90"]
 
 
-def test_the_dashed_lines_stand_at_the_equilibrium_of_the_labels(cockpit):
-    cockpit.change(real_label_smooth=0.8, fake_label_smooth=0.1)
-    run(cockpit, 3)
+def dotted(cockpit):
+    """Return where the newest look draws its dotted lines: into the losses, and into D's answers."""
     figure = du.plot_look(cockpit.looks[-1][0], cockpit.gan.history)
-    answers = next(ax for ax in figure.axes if "answers" in ax.get_title())
-    assert [line.get_ydata()[0] for line in answers.lines if line.get_linestyle() == ":"] == pytest.approx([0.45, 0.45])
-    losses = next(ax for ax in figure.axes if "losses" in ax.get_title())
-    dotted = [line.get_ydata()[0] for line in losses.lines if line.get_linestyle() == ":"]
-    config = cockpit.gan.config
-    assert dotted == pytest.approx([du.discriminator_loss_bounds(config)[1], du.generator_loss_at_equilibrium(config)])
+    charts = [next(ax for ax in figure.axes if word in ax.get_title()) for word in ("losses", "answers")]
+    return [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in charts]
+
+
+def test_the_dashed_lines_stand_at_the_equilibrium_of_the_labels(labelled):
+    labelled.change(real_label_smooth=0.8, fake_label_smooth=0.1)
+    run(labelled, 3)
+    losses, answers = dotted(labelled)
+    assert answers == pytest.approx([0.45, 0.45])
+    config = labelled.gan.config
+    assert losses == pytest.approx([du.discriminator_loss_bounds(config)[1], du.generator_loss_at_equilibrium(config)])
+    assert losses == pytest.approx([2 * (-0.45 * math.log(0.45) - 0.55 * math.log(0.55)), -math.log(0.45)])
+
+
+def test_the_dashed_lines_of_pairs_stand_at_ln_2_and_at_one_half(cockpit):
+    run(cockpit, 3)
+    losses, answers = dotted(cockpit)
+    assert losses == pytest.approx([math.log(2)] * 2)
+    assert answers == pytest.approx([0.5] * 2)
 
 
 def test_an_older_look_is_drawn_without_what_came_later(cockpit):

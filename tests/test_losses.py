@@ -14,8 +14,9 @@ from dcgan_utils import Config
 FAMILY = list(du.LOSSES)
 NO_PENALTY = {"gradient_penalty": 0.0}
 REAL, FAKE = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([0.5, -3.0, 1.0])
-OF_PAIRS = torch.tensor([1 / (1 + math.exp(-d)) for d in (1.5, 3, -2)]), torch.tensor(
-    [1 / (1 + math.exp(d)) for d in (1.5, 3, -2)]
+OF_PAIRS = (
+    torch.tensor([1 / (1 + math.exp(-d)) for d in (1.5, 3, -2)]),
+    torch.tensor([1 / (1 + math.exp(d)) for d in (1.5, 3, -2)]),
 )
 
 
@@ -238,7 +239,7 @@ def penalties_of(gan, monkeypatch):
      (2, 2, [0, 0, 2, 2, 4, 4])],
 )  # fmt: skip
 def test_a_lazy_penalty_is_taken_at_every_so_many_iterations(kind, every, d_steps, expected, digits, monkeypatch):
-    """Counted over the whole run, not anew in every epoch of six batches; each of D's steps of one iteration takes it."""
+    """Counted over the whole run, not anew in every epoch of six batches; all of D's steps of an iteration take it."""
     fields = {"loss": "relativistic", "gradient_penalty": 0.2, "batch_norm_D": False}
     gan = make(kind, penalty_every=every, d_steps=d_steps, **fields)
     taken = penalties_of(gan, monkeypatch)

@@ -207,6 +207,25 @@ def test_channels_are_resized_each_by_itself(size, stacks):
     assert du.normalise(images).shape == (5, 3, 28, 28)
 
 
+def test_the_judge_reads_grey_images_with_or_without_their_one_channel(mnist_small):
+    images = mnist_small[0][:64]
+    plain, named = du.read_digits(images), du.read_digits(images[:, None])
+    assert torch.equal(plain.features, named.features)
+    assert (named.digits == mnist_small[1][:64]).float().mean() > 0.95
+
+
+def test_the_judge_refuses_stacks(stacks):
+    """In one line, whether they come as data, as samples or by way of a GAN that makes them."""
+    for images in (stacks[0], du.normalise(stacks[0])):
+        with pytest.raises(ValueError, match=r"needed is \(n, 1, H, H\)|\(N, H, W\)"):
+            du.read_digits(images)
+    gan = make(du.FastDCGAN, **STACKS)
+    gan.train(1, data=torch.cat([stacks[0]] * 3), callbacks=[])
+    with pytest.raises(ValueError, match=r"needed is|\(N, H, W\)") as caught:
+        gan.evaluate(100)
+    assert "\n" not in str(caught.value)
+
+
 # ----------------------------------------------------------------------------------------------- packs
 @pytest.mark.parametrize("kind", [du.DCGAN, du.FastDCGAN, du.WGANGP])
 @pytest.mark.parametrize(("channels", "pack"), [(1, 2), (3, 2), (1, 4)])
@@ -246,7 +265,37 @@ def test_packs_train_with_every_kind_of_loss(loss, stacks):
     assert gan.diagnose().findings
 
 
-# ----------------------------------------------------------------------------------------------- saving, going on, showing
+@pytest.mark.parametrize(("pack", "batch_size", "n"), [(3, 15, 96), (2, 16, 95), (5, 20, 96)])
+def test_a_penalty_goes_with_packs_that_the_data_do_not_fill(pack, batch_size, n, stacks):
+    """The slope of every epoch is read at so many images as make whole packs."""
+    gan = make(du.FastDCGAN, pack=pack, batch_size=batch_size, **STACKS)
+    history = gan.train(1, data=stacks[0][:n], callbacks=[])
+    assert 0 < history["slope"][0] < math.inf
+
+
+@pytest.mark.parametrize(("pack", "n"), [(2, 20), (3, 21), (3, 600)])
+def test_every_image_of_a_pack_has_its_score(pack, n):
+    gan = make(du.FastDCGAN, pack=pack, batch_size=6 * pack, **FREE)
+    images = gan.sample(n, seed=0)
+    scores = gan.score(images)
+    assert scores.shape == (n,)
+    with torch.no_grad():
+        answers = gan.discriminator.eval()(images)
+    assert torch.allclose(scores.view(-1, pack), answers[:, None].expand(-1, pack), atol=1e-5)
+    with pytest.raises(ValueError, match="pack"):
+        gan.score(images[:-1])
+
+
+@pytest.mark.parametrize("pack", [2, 3])
+def test_packs_can_be_looked_at(pack, stacks):
+    gan = make(du.FastDCGAN, pack=pack, batch_size=6 * pack, gradient_penalty=0.0, **FREE)
+    gan.train(1, data=stacks[0][:, 0], callbacks=[])
+    look = du.take_look(gan)
+    assert len(look.images) == len(look.scores) >= 18
+    assert du.figure_png(du.plot_look(look, gan.history))[:4] == b"\x89PNG"
+
+
+# ----------------------------------------------------------------------------------------------- saving and showing
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [(du.FastDCGAN, STACKS), (du.DCGAN, {"channels": 3, "pack": 2}), (du.FastDCGAN, {**STACKS, "pack": 2})],

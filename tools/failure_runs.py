@@ -138,14 +138,14 @@ COLLAPSE = ("sample diversity", "copies among samples", "classes")
 TOO_FAST_D = ("D too strong", "oscillation", *COLLAPSE)
 TOO_FAST_G = ("D too weak", "D too strong", *COLLAPSE)  # noise for G's pictures, which D then tells apart easily
 FAULTS: dict[str, Fault] = {
-    "lr_D × 20": Fault(TOO_FAST_D, lambda c: {"lr_D": 20 * c.lr_D}, harmless=tuple(NARROW)),
+    "lr_D × 20": Fault(TOO_FAST_D, lambda c: {"lr_D": 20 * c.lr_D}, harmless=(du.DCGAN, du.StableDCGAN)),
     "lr_D × 100": Fault(TOO_FAST_D, lambda c: {"lr_D": 100 * c.lr_D}, recipes=(du.StableDCGAN, du.FastDCGAN)),
-    "lr_G × 20": Fault(TOO_FAST_G, lambda c: {"lr_G": 20 * c.lr_G}, harmless=(du.DCGAN, du.FastDCGAN)),
+    "lr_G × 20": Fault(TOO_FAST_G, lambda c: {"lr_G": 20 * c.lr_G}, harmless=(du.DCGAN,)),
     "lr_G × 100": Fault(TOO_FAST_G, lambda c: {"lr_G": 100 * c.lr_G}, recipes=(du.StableDCGAN, du.FastDCGAN)),
     "no BatchNorm": Fault(
         ("G's gradient", *COLLAPSE),
         lambda c: {"batch_norm_G": False, "batch_norm_D": False},
-        harmless=(du.StableDCGAN,),
+        harmless=(du.StableDCGAN, du.FastDCGAN),
     ),
     "D frozen": Fault(("a player stands still",), lambda c: {"d_steps": 0}),
     "G frozen": Fault(("a player stands still",), lambda c: {"g_steps": 0}),

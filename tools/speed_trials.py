@@ -38,7 +38,7 @@ FOLDER = ROOT / "results" / "speed"
 KEPT = FOLDER / "trials.jsonl"
 RATES = FOLDER / "rates.json"
 NOMINAL = 600  # images a second of L: what one core without AMX gave
-TURN = 4  # iterations in a turn of the timing: as many as hold one lazy penalty
+TURN = 8  # iterations in a turn of the timing: as many as hold one lazy penalty of any idea
 SCORES = ("fid", "kid", "precision", "recall", "density", "coverage", "confidence", "digit_accuracy", "class_entropy")
 
 

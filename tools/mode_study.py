@@ -32,8 +32,8 @@ OURS = {
     "batch_norm_D": False, "lr_G": 1e-3, "lr_D": 1e-3,
 }  # fmt: skip
 RECIPES: dict[str, tuple[str, type[du.GAN], dict[str, Any], int]] = {  # what it is, how made, epochs
-    "dcgan": ("`DCGAN` at 32×32, ngf = ndf = 32", du.DCGAN, NARROW, 2),
-    "pacgan2": ("the same, D judges pairs of images (PacGAN-2)", du.DCGAN, {**NARROW, "pack": 2}, 2),
+    "dcgan": ("`DCGAN` at 32×32, ngf = ndf = 32", du.DCGAN, NARROW, 1),
+    "pacgan2": ("the same, D judges pairs of images (PacGAN-2)", du.DCGAN, {**NARROW, "pack": 2}, 1),
     "ours": ("`FastDCGAN`, label-free, relativistic with R1 + R2", du.FastDCGAN, OURS, 6),
 }
 PUBLISHED = (  # modes, KL; 26,000 samples, all of 28×28×3

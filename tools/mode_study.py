@@ -37,10 +37,10 @@ RECIPES: dict[str, tuple[str, type[du.GAN], dict[str, Any], int]] = {  # what it
     "ours": ("`FastDCGAN`, label-free, relativistic with R1 + R2", du.FastDCGAN, OURS, 6),
 }
 PUBLISHED = (  # modes, KL; 26,000 samples, all of 28×28×3
-    ("DCGAN", "99", "3.40", "PacGAN 2018, table 3"), ("ALI", "16", "5.40", "PacGAN 2018, table 3"),
-    ("Unrolled GAN", "48.7", "4.32", "PacGAN 2018, table 3"), ("VEEGAN", "150", "2.95", "PacGAN 2018, table 3"),
-    ("PacDCGAN2", "1000", "0.06", "PacGAN 2018, table 3"), ("PresGAN", "1000", "0.12", "PresGAN 2019"),
-    ("WGAN-GP", "959", "0.73", "as R3GAN 2024 cites it"), ("StyleGAN2", "940", "0.42", "as R3GAN 2024 cites it"),
+    ("DCGAN", "99", "3.40", "PacGAN 2018"), ("ALI", "16", "5.40", "PacGAN 2018"),
+    ("Unrolled GAN", "48.7", "4.32", "PacGAN 2018"), ("VEEGAN", "150", "2.95", "PacGAN 2018"),
+    ("PacDCGAN2", "1000", "0.06", "PacGAN 2018"), ("PresGAN", "1000", "0.12", "PresGAN 2019"),
+    ("WGAN-GP", "959", "0.73", "as cited by R3GAN 2024"), ("StyleGAN2", "940", "0.42", "as cited by R3GAN 2024"),
     ("R3GAN", "1000", "0.029", "R3GAN 2024"),
 )  # fmt: skip
 

@@ -687,7 +687,9 @@ PREFACE = [
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
     "(rates.json). On a busy machine that is good to about ±10 %: *B, rates 3e-3* was timed at 1.09, though it costs "
-    "what B does (1.27); *FastDCGAN*'s 0.951 is the median of three timings (0.95, 0.95, 1.12). Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
+    "what B does (1.27); "
+    "*FastDCGAN*'s 0.951 is the median of three timings (0.95, 0.95, 1.12). "
+    "Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
     "compares the distance with the base's on the seeds that both have.", "",
 ]  # fmt: skip
 

@@ -2967,7 +2967,7 @@ def keep_memory() -> bool:
     """Let this process keep freed memory for its next tensors, and return whether it could: Linux with glibc only.
 
     By default glibc hands large blocks back to the system at once and asks for them anew in every iteration, which
-    takes up to a fifth of the time of small networks. It changes the whole process, so nothing calls it unasked.
+    takes up to a fifth of the time of small networks. It changes the whole process, so training itself never calls it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:

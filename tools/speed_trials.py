@@ -345,6 +345,9 @@ B = L.but(
 )
 ON_B = dataclasses.replace(B, base="B", verdict="not tried")  # ideas on top of B
 LIKE_B = dataclasses.replace(ON_B, timed_as="B")  # those that change numbers, not what is computed
+# what a gradient penalty goes with: no BatchNorm in D, weights that keep the variance; all of them cost alike
+PENALISED = {"init": "he", "batch_norm_D": False, "timed_as": "B, pairs, R1"}
+PAIRS = {**PENALISED, "loss": "pairs"}
 IDEAS: dict[str, Idea] = {
     "L": L,
     "L, batch 64": L.but("twice the updates for the same images", batch_size=64, verdict="not tried"),
@@ -368,128 +371,41 @@ IDEAS: dict[str, Idea] = {
         lr_D=1e-3,
         verdict="dropped: distance; see the rates below",
     ),
-    "B, pairs, R1, rates 2e-3": ON_B.but(
-        "the same at B's rates",
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        r1=1.0,
-        timed_as="B, pairs, R1",
-        verdict="dropped: distance",
-    ),
+    "B, pairs, R1, rates 2e-3": ON_B.but("the same at B's rates", **PAIRS, r1=1.0, verdict="dropped: distance"),
     "B, pairs, R1 0.2, rates 2e-3": ON_B.but(
-        "a weaker penalty",
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        r1=0.2,
-        timed_as="B, pairs, R1",
-        verdict="best recall, but fewer read as asked; matching mends that",
+        "a weaker penalty", **PAIRS, r1=0.2, verdict="best recall, but fewer read as asked; matching mends that"
     ),
     "B, pairs, R1 0.05, rates 2e-3": ON_B.but(
-        "weaker still",
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        r1=0.05,
-        timed_as="B, pairs, R1",
-        verdict="dropped: as with 0.2, a little worse",
+        "weaker still", **PAIRS, r1=0.05, verdict="dropped: as with 0.2, a little worse"
     ),
     "B, R1 0.2": ON_B.but(
         "B's own loss, lazy R1 in place of D's BatchNorm, kept variance",
-        init="he",
-        batch_norm_D=False,
+        **PENALISED,
         r1=0.2,
-        timed_as="B, pairs, R1",
         verdict="dropped: a tie with pairs, which go better with matching",
     ),
     "B, pairs, R1 0.2, match": ON_B.but(
         "D also learns that a real digit with a wrong label is wrong (Reed et al. 2016)",
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
+        **PAIRS,
         r1=0.2,
         match=0.5,
-        timed_as="B, pairs, R1",
         verdict="kept, but for the penalty on fakes: best distance, 99 % read as asked",
     ),
-    "B, pairs, R1 0.2, EMA 0.995": ON_B.but(
-        "a longer average",
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        r1=0.2,
-        ema=0.995,
-        timed_as="B, pairs, R1",
-        verdict="dropped: a tie",
-    ),
+    "B, pairs, R1 0.2, EMA 0.995": ON_B.but("a longer average", **PAIRS, r1=0.2, ema=0.995, verdict="dropped: a tie"),
     "B, R1 0.2, match": ON_B.but(
-        "both, with B's own loss",
-        init="he",
-        batch_norm_D=False,
-        r1=0.2,
-        match=0.5,
-        timed_as="B, pairs, R1",
-        verdict="dropped: with pairs it is better in both",
+        "both, with B's own loss", **PENALISED, r1=0.2, match=0.5, verdict="dropped: with pairs it is better in both"
     ),
-    "B, R1 0.2, match 0.25": ON_B.but(
-        "half of it", init="he", batch_norm_D=False, r1=0.2, match=0.25, timed_as="B, pairs, R1"
-    ),
-    "B, R1 0.5, match": ON_B.but(
-        "a stronger penalty", init="he", batch_norm_D=False, r1=0.5, match=0.5, timed_as="B, pairs, R1"
-    ),
+    "B, R1 0.2, match 0.25": ON_B.but("half of it", **PENALISED, r1=0.2, match=0.25),
+    "B, R1 0.5, match": ON_B.but("a stronger penalty", **PENALISED, r1=0.5, match=0.5),
     "B, R1 + R2 0.2, match": ON_B.but(
-        "on fakes too, every eighth step",
-        init="he",
-        batch_norm_D=False,
-        r1=0.2,
-        r2=0.2,
-        lazy=8,
-        match=0.5,
-        timed_as="B, pairs, R1",
+        "on fakes too, every eighth step", **PENALISED, r1=0.2, r2=0.2, lazy=8, match=0.5
     ),
     "B, pairs, R1 + R2 0.2, match": ON_B.but(
-        "on fakes too, every eighth step",
-        r1=0.2,
-        r2=0.2,
-        lazy=8,
-        match=0.5,
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        timed_as="B, pairs, R1",
-        verdict="kept: FastDCGAN",
+        "on fakes too, every eighth step", **PAIRS, r1=0.2, r2=0.2, lazy=8, match=0.5, verdict="kept: FastDCGAN"
     ),
-    "B, pairs, R1 + R2 0.5, match": ON_B.but(
-        "stronger",
-        r1=0.5,
-        r2=0.5,
-        lazy=8,
-        match=0.5,
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        timed_as="B, pairs, R1",
-    ),
-    "B, pairs, R1 0.2, match 0.25": ON_B.but(
-        "half of it",
-        r1=0.2,
-        match=0.25,
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        timed_as="B, pairs, R1",
-        verdict="dropped: a tie",
-    ),
-    "B, pairs, R1 0.4, match": ON_B.but(
-        "a stronger penalty",
-        r1=0.4,
-        match=0.5,
-        init="he",
-        batch_norm_D=False,
-        loss="pairs",
-        timed_as="B, pairs, R1",
-    ),
+    "B, pairs, R1 + R2 0.5, match": ON_B.but("stronger", **PAIRS, r1=0.5, r2=0.5, lazy=8, match=0.5),
+    "B, pairs, R1 0.2, match 0.25": ON_B.but("half of it", **PAIRS, r1=0.2, match=0.25, verdict="dropped: a tie"),
+    "B, pairs, R1 0.4, match": ON_B.but("a stronger penalty", **PAIRS, r1=0.4, match=0.5),
     "B, match": LIKE_B.but(
         "D also learns that a real digit with a wrong label is wrong (Reed et al. 2016)",
         match=0.5,

@@ -159,6 +159,7 @@ class Config:
     # the machine
     device: str = "auto"  # auto: cuda where there is one, else cpu
     precision: str = "auto"  # auto: what the device does well; or fp32 | bf16 | fp16
+    compile: bool = False  # True: torch.compile, a minute or so at the start, for runs that are long
     # the record
     log_every: int = 100  # batches between two entries of history.batches and two looks for NaN
     save_every: int = 1  # epochs between two saved grids, the frames of the animation
@@ -218,10 +219,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "conditional": (True, False),
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
+    "compile": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
     "batch_norm_D": (True, False),
 }
+MACHINE = ("device", "precision", "compile", "out_dir")  # `load` may change them, `reconfigure` may not
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
 
 
@@ -861,7 +864,7 @@ def as_patches(x: Tensor, weight: Tensor) -> bool:
 
     256 ↔ 512 channels at 8×8, forward and backward on one core with AVX2: 0.48 s against 0.60; half as wide it loses.
     """
-    wide = x.device.type == "cpu" and min(weight.shape[:2]) >= 256
+    wide = x.device.type == "cpu" and min(weight.shape[:2]) >= 256 and not torch.compiler.is_compiling()
     return wide and not (x.shape[2] % 2 or x.shape[3] % 2) and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -1139,7 +1142,7 @@ def real_logit(answers: Tensor) -> Tensor:
 
 
 def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    """Take one D step on real and fake (N, 1, S, S); return its METRICS as scalars without gradients."""
+    """Take one D step on real and fake (N, 1, S, S); return its METRICS, and its answers to the real images (N,)."""
     with gan.autocast():
         real_logits, real_cost = ask(gan, gan.players["D"], real, labels, real=True)
         # detach: this step must not reach into G, whose turn comes next
@@ -1149,18 +1152,22 @@ def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor
     penalty = gradient_penalty(gan, real, fake, labels) if due else 0.0
     gradient = gan.update("D", loss + real_cost + fake_cost + penalty)
     answers = read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
-    return {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
+    measured = {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
+    return measured | {"real_logits": real_logits.detach()}
 
 
-def train_generator(gan: Trainer, fake: Tensor, labels: Tensor | None, real: Tensor | None = None) -> dict[str, Tensor]:
+def train_generator(
+    gan: Trainer, fake: Tensor, labels: Tensor | None, real_logits: Tensor | None = None
+) -> dict[str, Tensor]:
     """Take one G step on fake (N, 1, S, S), which still knows how G made it; return its METRICS.
 
-    real: what a relativistic loss compares with; the other losses do not look at it.
+    real_logits: D's answers to real images in its own step, with which a relativistic loss compares; they are one step
+    old, and asking anew would cost time for the same samples. The other losses do not look at them.
     """
+    rivals = [real_logits] if gan.config.loss == "relativistic" else []
     with gan.autocast(), frozen(gan.discriminator):  # D passes gradients on to G and keeps none for itself
         # D(fake) again: D has just changed, and the graph of its own step ended at detach
-        rivals = [ask(gan, gan.discriminator, real, labels)[0]] if gan.config.loss == "relativistic" else []
-        fake_logits, cost = ask(gan, gan.discriminator, fake, labels)
+        fake_logits, cost = ask(gan, gan.players["frozen D"], fake, labels)
         loss = gan.loss.generator(fake_logits, *rivals)
     gradient = gan.update("G", loss + cost)
     return {"loss_G": loss.detach(), "grad_G": gradient}
@@ -1327,7 +1334,9 @@ class Trainer:
             if self.rank:  # each process draws its own noise
                 torch.default_generator.manual_seed(self.config.seed + 1_000_003 * self.rank)
             self._rng = {"cpu": torch.get_rng_state()}
-        self.players = {"D": self._parallel(self.discriminator), "G": self._parallel(self.generator)}
+        quick_D, quick_G = self._compile(self.discriminator), self._compile(self.generator)
+        # as the two steps call them; who samples calls the networks themselves, whose batches vary
+        self.players = {"D": self._parallel(quick_D), "frozen D": quick_D, "G": self._parallel(quick_G)}
         self.average = copy.deepcopy(self.generator).requires_grad_(False) if self.config.ema else None
         self.optimizer_G = make_optimizer(self.generator, self.config, self.config.lr_G)
         self.optimizer_D = make_optimizer(self.discriminator, self.config, self.config.lr_D)
@@ -1364,6 +1373,15 @@ class Trainer:
         """Return the network on the device, its convolutions in the layout that is fastest on CPU and GPU."""
         return network.to(self.device, memory_format=torch.channels_last)
 
+    def _compile(self, network: nn.Module) -> nn.Module:
+        """Return the network, compiled where the Config asks for it; on a GPU its launches become one CUDA graph."""
+        if not self.config.compile:
+            return network
+        if isinstance(network, Growing):
+            raise ValueError(f"{type(self).__name__} changes while it trains: compile must be False")
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        return torch.compile(network, mode=mode, dynamic=False)
+
     def _parallel(self, network: nn.Module) -> nn.Module:
         """Return the network, its gradients averaged over all processes where `torchrun` started several.
 
@@ -1382,19 +1400,10 @@ class Trainer:
         """Change Config fields from the next batch on; raises ValueError for those that shape the networks."""
         config = configure(self.config, **changes)
         fixed = [
-            "image_size",
-            "channels",
-            "pack",
-            "nz",
-            "ngf",
-            "ndf",
-            "conditional",
-            "conditioning",
-            "num_classes",
-            "batch_norm_G",
-            "batch_norm_D",
-        ]
-        fixed += ["optimizer", "start_at_background", "seed", "dropout_D", "dropout_G", "device", "precision"]
+            "image_size", "channels", "pack", "nz", "ngf", "ndf", "conditional", "conditioning", "num_classes",
+            "batch_norm_G", "batch_norm_D", "optimizer", "start_at_background", "seed", "dropout_D", "dropout_G",
+            "device", "precision", "compile",
+        ]  # fmt: skip
         changed = [name for name in fixed if getattr(config, name) != getattr(self.config, name)]
         if changed or bool(config.ema) != bool(self.config.ema):
             raise ValueError(
@@ -1431,6 +1440,9 @@ class Trainer:
         """
         if max_seconds is not None and not max_seconds > 0:
             raise ValueError(f"max_seconds = {max_seconds!r}; it must be above 0")
+        compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
+        if self.config.compile and self.device.type == "cpu" and not any(map(shutil.which, compilers)):
+            raise ValueError("compile = True needs a C++ compiler (g++, clang++ or cl); install one, or leave it False")
         if batch_size is not None:
             self.reconfigure(batch_size=batch_size)
         self._set_data(data)
@@ -1502,13 +1514,15 @@ class Trainer:
 
     def _iterate(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
         """Take D's steps, each on a batch of its own, then G's steps; a variant changes models or loss, not this."""
+        if self.config.compile:
+            torch.compiler.cudagraph_mark_step_begin()  # what the last iteration's graphs hold may be written over
         for real, labels in batches:
             fake = self._fake(len(real), labels)  # fakes carry the labels of the real batch
             measured = train_discriminator(self, real, fake, labels)
         for turn in range(max(1, self.config.g_steps)):
             if turn or not self.config.detach:  # the graph of the first fakes is used up
                 fake = self._fake(len(real), labels)
-            measured |= train_generator(self, fake, labels, real)
+            measured |= train_generator(self, fake, labels, measured["real_logits"])
         if self.average is not None and self.config.g_steps:
             self._update_average()
         self.step += 1
@@ -3872,7 +3886,7 @@ class GAN(Trainer):
     def load(cls, path: str | Path, **overrides: Any) -> GAN:
         """Return the GAN of a checkpoint, ready to sample or train on; `GAN.load` takes any recipe.
 
-        overrides: Config fields that may change, such as device, out_dir or lr_D. Raises ValueError for others,
+        overrides: Config fields that may change, such as device, compile or lr_D. Raises ValueError for others,
         FileNotFoundError, and CheckpointError for a damaged, newer or other recipe's checkpoint.
         """
         path = newest_checkpoint(path)
@@ -3884,7 +3898,7 @@ class GAN(Trainer):
             )
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path} is a {kind.__name__}, not a {cls.__name__}; use {kind.__name__}.load")
-        machine = {name: overrides.pop(name) for name in ("device", "precision", "out_dir") if name in overrides}
+        machine = {name: overrides.pop(name) for name in MACHINE if name in overrides}
         try:
             gan = kind(configure(Config(), **{**record["config"], **machine}))
         except (ValueError, TypeError) as error:

@@ -53,6 +53,7 @@ CHOICES = {
     "conditional": (True, False),
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
+    "compile": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
     "batch_norm_D": (True, False),

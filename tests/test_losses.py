@@ -344,18 +344,18 @@ def test_the_penalty_holds_the_slope_where_theory_says(digits):
     assert slopes[0.0] > 30
 
 
-def test_a_relativistic_generator_asks_d_about_real_images_too(digits):
-    """In G's step a batch of other real images gives another gradient; the other losses do not look."""
+def test_a_relativistic_generator_compares_with_d_s_answers_to_real_images(digits):
+    """In G's step other answers to the real images give another gradient; the other losses do not look."""
     for name, matters in (("relativistic", True), ("hinge", False)):
         moved = []
-        for shift in (0, 16):
+        for real_logits in (torch.zeros(16), torch.arange(16.0)):
             gan = make(du.FastDCGAN, conditional=False, loss=name, lr_G=1e-3)
             gan._set_data(digits)
             gan.generator.train()
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 fake = gan._fake(16, None)
-            du.train_generator(gan, fake, None, du.normalise(gan.images[shift : shift + 16]))
+            du.train_generator(gan, fake, None, real_logits)
             moved.append(weights(gan.generator))
         assert torch.equal(*moved) != matters
 

@@ -194,15 +194,16 @@ def test_each_step_leaves_the_other_player_alone(digits):
     fake = gan._fake(16, None)
     g_before, d_before = weights(gan.generator), weights(gan.discriminator)
     measured = du.train_discriminator(gan, real, fake, None)
-    assert set(measured) == {"loss_D", "D_x", "D_G_z", "D_acc", "D_std", "gap", "grad_D", "leak"}
+    assert set(measured) == {"loss_D", "D_x", "D_G_z", "D_acc", "D_std", "gap", "grad_D", "leak", "real_logits"}
     assert torch.equal(weights(gan.generator), g_before)
     assert all(parameter.grad is None for parameter in gan.generator.parameters())
     assert not torch.equal(weights(gan.discriminator), d_before)
     d_before = weights(gan.discriminator)
     assert all(parameter.grad is None for parameter in gan.discriminator.parameters())  # nothing is left over
     measured |= du.train_generator(gan, fake, None)
-    assert set(measured) == set(du.METRICS)
     assert not any(value.requires_grad for value in measured.values())
+    assert measured.pop("real_logits").shape == (16,)
+    assert set(measured) == set(du.METRICS)
     assert all(value.shape == () for value in measured.values())
     assert torch.equal(weights(gan.discriminator), d_before)
     assert all(parameter.grad is None for parameter in gan.discriminator.parameters())

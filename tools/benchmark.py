@@ -1,13 +1,14 @@
 """Compare each recipe's images per second with the same networks trained the textbook way, on this machine.
 
-    python tools/benchmark.py                         # about 12 minutes; results/benchmark/cpu.json and the table
-    python tools/benchmark.py --repeats 1 --seconds 5 --quality 0
+    python tools/benchmark.py                         # about half an hour; results/benchmark/cpu.json and the table
+    python tools/benchmark.py --recipes fast --repeats 1 --seconds 5 --quality 0  # the other recipes' lines stay
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
-after every batch. Each measurement is a process of its own; the two ways take turns, so that a machine shared with
-others is unfair to both alike. Then each recipe trains once for `--quality` seconds, and the judge says when its
-samples came below each Fréchet distance; the clock stands still while it reads.
+after every batch. Ours is the recipe as it is; compiled is the same with `Config.compile`, and its first batches, in
+which torch.compile works, are told apart. Each measurement is a process of its own; the ways take turns, so that a
+machine shared with others is unfair to all alike. Then each recipe trains once for `--quality` seconds, and the judge
+says when its samples came below each Fréchet distance; the clock stands still while it reads.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from torchvision import transforms  # noqa: E402
 import dcgan_utils as du  # noqa: E402
 
 RESULTS = ROOT / "results" / "benchmark"
-WAYS = ("textbook", "ours")
+WAYS = ("textbook", "ours", "compiled")
 COMPARED = ("dcgan", "stable", "fast")
 LEVELS = (20, 5, 1)  # Fréchet distances of 1,000 samples
 LOOK = 5  # seconds of training from one look to the next
@@ -96,6 +97,7 @@ class Clock(du.Callback):
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.start, self.images, self.batches = seconds, 0.0, 0, 0
+        self.made = time.perf_counter()
 
     def count(self, images: int) -> bool:
         """Take note of one more batch; return whether the time is over."""
@@ -121,15 +123,15 @@ class Clock(du.Callback):
 def measure(kind: type[du.GAN], way: str, seconds: float) -> dict[str, float]:
     """Return images per second and the peak of this process's resident memory, in MiB."""
     clock = Clock(seconds)
-    if way == "ours":
-        du.keep_memory()
-        kind().train(callbacks=[clock], max_seconds=60 + 10 * seconds)
-    else:
+    if way == "textbook":
         for images in textbook_batches(kind):
             if clock.count(images):
                 break
-    rate = clock.rate()
-    return {"images_per_second": rate, "mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    else:
+        du.keep_memory()
+        kind(compile=way == "compiled").train(callbacks=[clock], max_seconds=600 + 10 * seconds)
+    rate, memory = clock.rate(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"images_per_second": rate, "mebibytes": memory, "warm_up_seconds": clock.start - clock.made}
 
 
 class Levels(du.Callback):
@@ -175,42 +177,49 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads, {platform.machine()} {units}, torch {torch.__version__}"
 
 
+def middle(cell: dict, way: str, what: str = "images_per_second") -> float:
+    """Return the median of one reading over the runs of one way."""
+    return statistics.median(run[what] for run in cell[way])
+
+
 def table(results: dict) -> str:
     """Return the medians as a Markdown table."""
     levels = " / ".join(f"{level}" for level in LEVELS)
     rows = [
-        "| recipe | precision | textbook img/s | ours img/s | ratio | textbook MiB | ours MiB | "
-        f"s to distance {levels} |",
-        "|" + "---|" * 8,
+        "| recipe | precision | textbook img/s | ours img/s (ratio) | compiled img/s (ratio; s before) | "
+        f"MiB textbook / ours / compiled | s to distance {levels} |",
+        "|" + "---|" * 7,
     ]
     for recipe, cell in results["recipes"].items():
-        rate, size = (
-            {way: statistics.median(run[name] for run in cell[way]) for way in WAYS}
-            for name in ("images_per_second", "mebibytes")
-        )
-        reached = cell.get("seconds_to_distance", {})
-        ratio = statistics.median(
-            b["images_per_second"] / a["images_per_second"] for a, b in zip(cell["textbook"], cell["ours"], strict=True)
-        )
-        rows.append(
-            f"| `{du.RECIPES[recipe].__name__}` | {cell['precision']} | {rate['textbook']:.0f} | {rate['ours']:.0f} "
-            f"| {ratio:.2f} | {size['textbook']:.0f} | {size['ours']:.0f} | "
-            + " / ".join(f"{reached[str(level)]:.0f}" if str(level) in reached else "–" for level in LEVELS)
-            + " |"
-        )
-    return (
-        f"{results['machine']}; median of {results['repeats']} runs of {results['seconds']:g} s each\n\n"
-        + "\n".join(rows)
-    )
+        ratio = {
+            way: statistics.median(
+                run["images_per_second"] / plain["images_per_second"]
+                for run, plain in zip(cell[way], cell["textbook"], strict=True)
+            )
+            for way in WAYS
+        }
+        reached, before = cell.get("seconds_to_distance", {}), middle(cell, "compiled", "warm_up_seconds")
+        parts = [
+            f"`{du.RECIPES[recipe].__name__}`", cell["precision"], f"{middle(cell, 'textbook'):.0f}",
+            f"{middle(cell, 'ours'):.0f} ({ratio['ours']:.2f})",
+            f"{middle(cell, 'compiled'):.0f} ({ratio['compiled']:.2f}; {before:.0f})",
+            " / ".join(f"{middle(cell, way, 'mebibytes'):.0f}" for way in WAYS),
+            " / ".join(f"{reached[str(level)]:.0f}" if str(level) in reached else "–" for level in LEVELS),
+        ]  # fmt: skip
+        rows.append("| " + " | ".join(parts) + " |")
+    repeats, seconds = ({cell[name] for cell in results["recipes"].values()} for name in ("repeats", "seconds"))
+    runs = f"{' or '.join(map(str, sorted(repeats)))} runs of {' or '.join(f'{s:g}' for s in sorted(seconds))} s each"
+    return f"{results['machine']}; median of {runs}\n\n" + "\n".join(rows)
 
 
 def compare(recipes: list[str], repeats: int, seconds: float, longest: float = 0) -> dict:
-    """Measure every recipe both ways, in turns, each in a process of its own; then how soon its samples are good."""
-    results = {"machine": machine(), "repeats": repeats, "seconds": seconds, "recipes": {}, "quality_seconds": longest}
+    """Measure every recipe all ways, in turns, each in a process of its own; then how soon its samples are good."""
+    results = {"machine": machine(), "recipes": {}}
     device = du.pick_device("auto")
     for recipe in recipes:
         precision = du.pick_precision("auto", device)
-        cell = results["recipes"][recipe] = {"precision": precision, **{way: [] for way in WAYS}}
+        cell = {"precision": precision, "repeats": repeats, "seconds": seconds, "quality_seconds": longest}
+        results["recipes"][recipe] = cell = cell | {way: [] for way in WAYS}
         for _ in range(repeats):
             for way in WAYS:
                 cell[way].append(in_a_process(way, recipe, seconds))
@@ -244,6 +253,9 @@ def main() -> None:
         print(json.dumps(quality(kind, options.seconds) if good else measure(kind, options.measure, options.seconds)))
         return
     results = compare(options.recipes, options.repeats, options.seconds, options.quality)
+    if options.out.is_file() and (kept := json.loads(options.out.read_text()))["machine"] == results["machine"]:
+        kept["recipes"] |= results["recipes"]
+        results["recipes"] = kept["recipes"]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))

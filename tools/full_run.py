@@ -46,7 +46,7 @@ def main() -> None:
     if options.epochs:
         overrides["num_epochs"] = options.epochs
     kind = du.RECIPES[options.recipe]
-    gan = kind.load(work / "newest") if (work / "newest").exists() else kind(**overrides)
+    gan = kind.load(work / "newest", **overrides) if (work / "newest").exists() else kind(**overrides)
     end = time.monotonic() + 60 * options.minutes
     while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
         gan.train(callbacks=[StopAtTime(min(end, time.monotonic() + options.slice))])

@@ -38,7 +38,7 @@ FOLDER = ROOT / "results" / "speed"
 KEPT = FOLDER / "trials.jsonl"
 RATES = FOLDER / "rates.json"
 NOMINAL = 600  # images a second of L: what one core without AMX gave
-TURN = 8  # iterations in a turn of the timing: as many as hold one lazy penalty of any idea
+TURN = 16  # iterations in a turn of the timing: as many as hold one lazy penalty of any idea
 SCORES = ("fid", "kid", "precision", "recall", "density", "coverage", "confidence", "digit_accuracy", "class_entropy")
 
 
@@ -348,6 +348,13 @@ LIKE_B = dataclasses.replace(ON_B, timed_as="B")  # those that change numbers, n
 # what a gradient penalty goes with: no BatchNorm in D, weights that keep the variance; all of them cost alike
 PENALISED = {"init": "he", "batch_norm_D": False, "timed_as": "B, pairs, R1"}
 PAIRS = {**PENALISED, "loss": "pairs"}
+F_ = ON_B.but(
+    "matching, and the penalty on fakes too, every eighth step", **PAIRS, r1=0.2, r2=0.2, lazy=8, match=0.5,
+    verdict="kept",
+)  # fmt: skip
+F_ = dataclasses.replace(F_, timed_as="")
+ON_F = dataclasses.replace(F_, base="F", verdict="not tried")  # ideas on top of F
+LIKE_F = dataclasses.replace(ON_F, timed_as="F")
 IDEAS: dict[str, Idea] = {
     "L": L,
     "L, batch 64": L.but("twice the updates for the same images", batch_size=64, verdict="not tried"),
@@ -400,10 +407,37 @@ IDEAS: dict[str, Idea] = {
     "B, R1 + R2 0.2, match": ON_B.but(
         "on fakes too, every eighth step", **PENALISED, r1=0.2, r2=0.2, lazy=8, match=0.5
     ),
-    "B, pairs, R1 + R2 0.2, match": ON_B.but(
-        "on fakes too, every eighth step", **PAIRS, r1=0.2, r2=0.2, lazy=8, match=0.5, verdict="kept: FastDCGAN"
-    ),
-    "B, pairs, R1 + R2 0.5, match": ON_B.but("stronger", **PAIRS, r1=0.5, r2=0.5, lazy=8, match=0.5),
+    "F": F_,
+    "F, lazy 16": ON_F.but("half as many penalties, twice as strong", lazy=16),
+    "F, no matching": LIKE_F.but("what matching is worth", match=0.0),
+    "F, cross-entropy": LIKE_F.but("what pairs are worth", loss="smooth"),
+    "F, R1 alone": LIKE_F.but("what the penalty on fakes is worth", r2=0.0, lazy=4),
+    "F, match 0.25": LIKE_F.but("half of it", match=0.25),
+    "F, match 0.1": LIKE_F.but("a fifth of it", match=0.1),
+    "F, R1 + R2 0.5": LIKE_F.but("a stronger penalty", r1=0.5, r2=0.5),
+    "F, R1 + R2 0.1": LIKE_F.but("a weaker one", r1=0.1, r2=0.1),
+    "F, D kernel 3": ON_F.but("D's dearest layer costs nine sixteenths", kernel=3),
+    "F, G kernel 2": ON_F.but("G's dearest layer costs a quarter; patches do not overlap", up=2),
+    "F, batch 32": ON_F.but("twice the updates again", batch_size=32),
+    "F, batch 128": ON_F.but("half the updates, better kernels", batch_size=128),
+    "F, rates 3e-3": LIKE_F.but("faster still", lr_G=3e-3, lr_D=3e-3),
+    "F, lr_D 1e-3": LIKE_F.but("a weaker D leaves more variety", lr_D=1e-3),
+    "F, tail from 0.3": LIKE_F.but("a longer tail", tail_from=0.3),
+    "F, tail from 0.7": LIKE_F.but("a shorter one", tail_from=0.7),
+    "F, cosine": LIKE_F.but("falls from the start", tail="cosine", tail_from=0.0),
+    "F, beta1 0": LIKE_F.but("no momentum, as R3GAN", beta1=0.0),
+    "F, beta2 0.9": LIKE_F.but("a shorter memory of the gradients' size", beta2=0.9),
+    "F, EMA 0.98": LIKE_F.but("a shorter average", ema=0.98),
+    "F, narrow D": ON_F.but("three quarters of D's maps", ndf=24),
+    "F, wide 64": ON_F.but("half of G's maps at 7×7", wide=64),
+    "F, z of 32": ON_F.but("fewer directions", nz=32),
+    "F, z of 128": ON_F.but("more directions", nz=128),
+    "F, mapping": ON_F.but("a hidden layer between z and G", mapping=True),
+    "F, extra 7": ON_F.but("a 3×3 convolution at 7×7", extra=7),
+    "F, shift 1": ON_F.but("D sees all moved by up to a pixel (DiffAugment 2020)", shift=1),
+    "F, noise 0.1": ON_F.but("D's view smoothed (Arjovsky & Bottou 2017)", noise_D=0.1),
+    "F, warm-up": LIKE_F.but("the first steps are the wildest", warm_up=50),
+    "F, batch doubles": LIKE_F.but("quick at first, calm at the end", grow_batch=0.6),
     "B, pairs, R1 0.2, match 0.25": ON_B.but("half of it", **PAIRS, r1=0.2, match=0.25, verdict="dropped: a tie"),
     "B, pairs, R1 0.4, match": ON_B.but("a stronger penalty", **PAIRS, r1=0.4, match=0.5),
     "B, match": LIKE_B.but(
@@ -516,7 +550,7 @@ def trial(name: str, seed: int, seconds: float) -> dict[str, Any]:
 def speed(name: str) -> float:
     """Return the idea's images a nominal second: L's NOMINAL times how much faster than L it is, side by side.
 
-    Timed in turns with L and by the fastest turn of each, so that what else the machine does hardly counts; kept.
+    Timed in turns with L, by the median of the turns' ratios, so that what else the machine does hardly counts; kept.
     """
     kept = json.loads(RATES.read_text()) if RATES.is_file() else {}
     if name == "L":
@@ -524,18 +558,19 @@ def speed(name: str) -> float:
     if IDEAS[name].timed_as:
         return speed(IDEAS[name].timed_as)
     if name not in kept:
-        times = dict.fromkeys(("L", name), math.inf)
+        times: dict[str, list[float]] = {"L": [], name: []}
         gans = {key: IDEAS[key].make(0) for key in times}
         for key, gan in gans.items():
             gan.train(1, max_seconds=1e9, callbacks=[du.StopAt(2)], data=IDEAS[key].data())
-        for _ in range(3):
+        for _ in range(8):
             for key, gan in gans.items():
                 before = dict(gan._sums)
                 with mock.patch.object(du.time, "perf_counter", time.process_time):
                     gan.train(1, max_seconds=1e9, callbacks=[du.StopAt(gan.step + TURN)], data=gan._source)
                 took, seen = (gan._sums[what] - before[what] for what in ("seconds", "images"))
-                times[key] = min(times[key], took / seen)
-        kept = (json.loads(RATES.read_text()) if RATES.is_file() else {}) | {name: round(times["L"] / times[name], 3)}
+                times[key].append(took / seen)
+        ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
+        kept = (json.loads(RATES.read_text()) if RATES.is_file() else {}) | {name: round(ratio, 3)}
         RATES.write_text(json.dumps(kept, indent=1) + "\n")
     return NOMINAL * kept[name]
 

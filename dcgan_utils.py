@@ -4005,6 +4005,7 @@ class FastDCGAN(GAN):
         lr_G=2e-3,  # ten times DCGAN's: small networks bear it, and the schedule ends at 0
         lr_D=2e-3,
         lr_schedule="linear_tail",
+        beta1=0.0,  # no momentum: better in every score, once a penalty holds D
         beta2=0.99,
         loss="relativistic",  # with the penalty: variety near that of real digits
         gradient_penalty=0.2,

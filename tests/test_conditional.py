@@ -211,7 +211,7 @@ def ranked(gan, images, labels):
 
 @pytest.mark.parametrize("seed", [42, 1])
 def test_matching_teaches_which_label_is_right_sooner_than_projection(seed):
-    """After 40 small batches, of real images that training has not seen; at first a coin's toss."""
+    """After 60 small batches, of real images that training has not seen; at first a coin's toss."""
     images, labels = du.load_images("mnist", "test")
     new, of_new = du.normalise(images[-500:]), labels[-500:]
     after = {}
@@ -219,9 +219,9 @@ def test_matching_teaches_which_label_is_right_sooner_than_projection(seed):
         gan = make(du.FastDCGAN, ndf=8, batch_size=32, lr_schedule="constant", conditioning=way, seed=seed)
         before = ranked(gan, new, of_new)
         assert 0.4 < before < 0.6
-        gan.train(1, data=(images[:1280], labels[:1280]), callbacks=[])
+        gan.train(1, data=(images[:1920], labels[:1920]), callbacks=[])
         after[way] = ranked(gan, new, of_new)
-    assert after["matching"] > 0.7  # measured 0.77 to 0.82, with projection 0.56 to 0.65
+    assert after["matching"] > 0.7  # measured 0.73 to 0.83, with projection 0.54 to 0.63
     assert after["matching"] > after["projection"] + 0.1
 
 

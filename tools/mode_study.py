@@ -29,7 +29,7 @@ SAMPLES = 26_000
 NARROW = {"image_size": 32, "ngf": 32, "ndf": 32, "batch_size": 64, "channels": 3}
 OURS = {
     "conditional": False, "channels": 3, "nz": 128, "loss": "relativistic", "gradient_penalty": 0.2, "penalty_every": 8,
-    "batch_norm_D": False, "lr_G": 1e-3, "lr_D": 1e-3,
+    "batch_norm_D": False, "lr_G": 1e-3, "lr_D": 1e-3, "beta1": 0.5,
 }  # fmt: skip
 RECIPES: dict[str, tuple[str, type[du.GAN], dict[str, Any], int]] = {  # what it is, how made, epochs
     "dcgan": ("`DCGAN` at 32×32, ngf = ndf = 32", du.DCGAN, NARROW, 1),

@@ -412,7 +412,9 @@ IDEAS: dict[str, Idea] = {
     ),
     "F": F_,
     "F, lazy 16": ON_F.but("half as many penalties, twice as strong", lazy=16, verdict="dropped: within F's spread"),
-    "F, no matching": LIKE_F.but("what matching is worth", match=0.0),
+    "F, no matching": LIKE_F.but(
+        "what matching is worth", match=0.0, verdict="dropped: best recall, but distance and fewer read as asked"
+    ),
     "F, cross-entropy": LIKE_F.but("what pairs are worth", loss="smooth"),
     "F, R1 alone": LIKE_F.but("what the penalty on fakes is worth", r2=0.0, lazy=4),
     "F, match 0.25": LIKE_F.but("half of it", match=0.25, verdict="dropped: within F's spread"),

@@ -33,7 +33,6 @@ def test_all_ways_are_measured_each_in_a_process_of_its_own(tmp_path):
         assert run["images_per_second"] > 50
         assert 100 < run["mebibytes"] < 8000
         assert 0 < run["warm_up_seconds"] < 300
-    assert cell["compiled"][0]["warm_up_seconds"] > 2 * cell["ours"][0]["warm_up_seconds"]
     assert cell["seconds_to_distance"] == {}  # nothing is good after a second
     assert results["recipes"]["dcgan"] == CELL
     assert cell["precision"] == du.pick_precision("auto", du.pick_device("auto"))

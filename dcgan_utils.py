@@ -45,6 +45,7 @@ import threading
 import time
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
@@ -160,6 +161,7 @@ class Config:
     device: str = "auto"  # auto: cuda where there is one, else cpu
     precision: str = "auto"  # auto: what the device does well; or fp32 | bf16 | fp16
     compile: bool = False  # True: torch.compile, a minute or so at the start, for runs that are long
+    cuda_graphs: bool = True  # on a GPU, replay whole iterations; False for a loss of yours that looks at values
     # the record
     log_every: int = 100  # batches between two entries of history.batches and two looks for NaN
     save_every: int = 1  # epochs between two saved grids, the frames of the animation
@@ -220,11 +222,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "compile": (True, False),
+    "cuda_graphs": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
     "batch_norm_D": (True, False),
 }
-MACHINE = ("device", "precision", "compile", "out_dir")  # `load` may change them, `reconfigure` may not
+MACHINE = ("device", "precision", "compile", "cuda_graphs", "out_dir")  # `load` may change them, `reconfigure` may not
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
 
 
@@ -545,11 +548,11 @@ class DCGANGenerator(ClassConditional):
         nz = self.embed(config)
         widths = dcgan_widths(config.image_size, config.ngf)  # 64×64: 512, 256, 128, 64
         norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
-        first = nn.ConvTranspose2d(nz, widths[0], kernel_size=4, stride=1, padding=0, bias=False)  # 1×1 → 4×4
+        first = FromPoint(nz, widths[0], kernel_size=4, bias=False)  # 1×1 → 4×4
         layers = hidden(first, norm(widths[0]), nn.ReLU(inplace=True), dropout=config.dropout_G)
         for wide, narrow in pairwise(widths):
-            layers += hidden(double(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
-        last = double(widths[-1], config.channels, bias=config.start_at_background)  # see start_at_background below
+            layers += hidden(Doubling(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
+        last = Doubling(widths[-1], config.channels, bias=config.start_at_background)  # see start_at_background below
         layers += [last, nn.Tanh()]
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
@@ -568,10 +571,12 @@ class DCGANDiscriminator(ClassConditional):
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         # no BatchNorm on the images themselves (Radford et al. 2015, §3)
         self.add_class(16 * widths[-1], config)
-        layers = hidden(halve(self.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
+        layers = hidden(Halving(self.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
         for narrow, wide in pairwise(widths):
-            layers += hidden(halve(narrow, wide), norm(wide), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
-        layers += [nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=0, bias=False), nn.Flatten(0)]  # → (N,)
+            layers += hidden(
+                Halving(narrow, wide), norm(wide), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D
+            )
+        layers += [ToPoint(widths[-1], 1, kernel_size=4, bias=False), nn.Flatten(0)]  # → (N,)
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
 
@@ -616,10 +621,10 @@ class StableDiscriminator(nn.Module):
         super().__init__()
         w = config.ndf
         self.layers = nn.Sequential(
-            *same_conv2d(1, w),  # (N, 64, 14, 14)
+            SameConv2d(1, w),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2, inplace=True),
             FastDropout(config.dropout_D),
-            *same_conv2d(w, 2 * w),  # (N, 128, 7, 7)
+            SameConv2d(w, 2 * w),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2, inplace=True),
             FastDropout(config.dropout_D),
         )
@@ -645,7 +650,7 @@ class FastGenerator(ClassConditional):
             norm(4 * w),
             nn.ReLU(inplace=True),  # (N, 128, 7, 7)
             # the dearest layer of both networks: 32 maps here in place of 64 are a quarter more images a second
-            *hidden(double(4 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 32, 14, 14)
+            *hidden(Doubling(4 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 32, 14, 14)
             # four maps at 14×14 cost what one at 28×28 would, and no 32 maps of that size are needed
             nn.Conv2d(w, 4 * config.channels, kernel_size=3, padding=1),
             nn.PixelShuffle(2),  # (N, 1, 28, 28)
@@ -670,8 +675,8 @@ class FastDiscriminator(ClassConditional):
         last = nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False)
         features = math.ceil(config.image_size / 8) ** 2 * 4 * w
         self.layers = nn.Sequential(
-            *hidden(halve(self.channels, w), act(), dropout=drop),  # (N, 32, 14, 14)
-            *hidden(halve(w, 2 * w), norm(2 * w), act(), dropout=drop),  # (N, 64, 7, 7)
+            *hidden(Halving(self.channels, w), act(), dropout=drop),  # (N, 32, 14, 14)
+            *hidden(Halving(w, 2 * w), norm(2 * w), act(), dropout=drop),  # (N, 64, 7, 7)
             *hidden(last, norm(4 * w), act(), dropout=drop),  # (N, 128, 4, 4)
         )
         self.head = nn.Linear(features, 1)
@@ -778,8 +783,13 @@ class ProgressiveGenerator(Growing):
             before, x = x, block(x)
         image = self.to_grey[stage](x)
         if share < 1:
-            image = F.interpolate(self.to_grey[stage - 1](before), scale_factor=2).lerp(image, share)
+            image = fade(F.interpolate(self.to_grey[stage - 1](before), scale_factor=2), image, share)
         return F.interpolate(image.tanh(), scale_factor=2 ** (self.doublings - stage))
+
+
+def fade(coarse: Tensor, fine: Tensor, share: float) -> Tensor:
+    """Return the coarse images with a share of the fine ones, in float32: autocast may have made them of two kinds."""
+    return coarse.float().lerp(fine.float(), share)
 
 
 class ProgressiveDiscriminator(Growing):
@@ -812,60 +822,64 @@ class ProgressiveDiscriminator(Growing):
         images = F.avg_pool2d(images, 2 ** (self.doublings - stage))
         if share < 1:  # real and fake both soften while detail fades in
             coarse = F.avg_pool2d(images, 2)
-            images = F.interpolate(coarse, scale_factor=2).lerp(images, share)
+            images = fade(F.interpolate(coarse, scale_factor=2), images, share)
         x = self.from_grey[stage](images)
         for number in range(stage, 0, -1):
             x = self.blocks[number - 1](x)
             if number == stage and share < 1:
-                x = self.from_grey[stage - 1](coarse).lerp(x, share)
+                x = fade(self.from_grey[stage - 1](coarse), x, share)
         return self.last(x).flatten()
 
 
 class Patches(torch.autograd.Function):
-    """Turn x (N, H, W, C) into the 4×4 patches that a stride-2 convolution sees, (N, H/2, W/2, 4, 4, C); and its slope.
+    """Turn x (N, H, W, C) into the k×k patches that a stride-2 convolution sees, (N, H/2, W/2, k, k, C); and its slope.
 
-    With `PatchSum` as each other's derivative, a convolution is one matrix product of patches and weights.
+    The first one begins one pixel before x. With `PatchSum` as each other's derivative, a convolution is one matrix
+    product of patches and weights.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return the patches; one pixel of zeros surrounds x."""
-        patches = F.pad(x, (0, 0, 1, 1, 1, 1)).unfold(1, 4, 2).unfold(2, 4, 2)
+    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
+        """Return the patches; zeros surround x."""
+        ctx.k = k
+        patches = F.pad(x, (0, 0, 1, k - 3, 1, k - 3)).unfold(1, k, 2).unfold(2, k, 2)
         return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
         """Return the derivative: each pixel gathers what its patches say."""
-        return PatchSum.apply(slope)
+        return PatchSum.apply(slope), None
 
 
 class PatchSum(torch.autograd.Function):
-    """Add 4×4 patches (N, H/2, W/2, 4, 4, C) up to the image (N, H, W, C) that they overlap in."""
+    """Add k×k patches (N, H/2, W/2, k, k, C) up to the image (N, H, W, C) that they overlap in."""
 
     @staticmethod
     def forward(ctx: Any, patches: Tensor) -> Tensor:
         """Return the sum, made in float32 at least."""
-        n, height, width, _, _, channels = patches.shape
-        dtype = torch.promote_types(patches.dtype, torch.float32)
-        total = patches.new_zeros(n, 2 * height + 2, 2 * width + 2, channels, dtype=dtype)
-        for row in range(4):
-            for column in range(4):
+        n, height, width, k, _, channels = patches.shape
+        ctx.k, dtype = k, torch.promote_types(patches.dtype, torch.float32)
+        total = patches.new_zeros(n, 2 * height + k - 2, 2 * width + k - 2, channels, dtype=dtype)
+        for row in range(k):
+            for column in range(k):
                 total[:, row : row + 2 * height : 2, column : column + 2 * width : 2] += patches[:, :, :, row, column]
-        return total[:, 1:-1, 1:-1].to(patches.dtype).contiguous()
+        return total[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].to(patches.dtype).contiguous()
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> Tensor:
         """Return the derivative: each patch sees its part of the slope."""
-        return Patches.apply(slope)
+        return Patches.apply(slope, ctx.k)
 
 
 def as_patches(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a product of patches beats the library's convolution: wide layers on a CPU, channels last.
+    """Return whether a product of patches beats the library's convolution: on a CPU, channels last, wide or grey.
 
-    256 ↔ 512 channels at 8×8, forward and backward on one core with AVX2: 0.48 s against 0.60; half as wide it loses.
+    Forward and backward, batch 128, two cores: 256 → 512 channels at 8×8 in bf16 with AMX 54 ms against 181, 128 → 256
+    at 16×16 76 against 93, 64 → 128 104 against 49; in float32 with AVX2 197 against 236, and 233 against 221.
     """
-    wide = x.device.type == "cpu" and min(weight.shape[:2]) >= 256 and not torch.compiler.is_compiling()
-    return wide and not (x.shape[2] % 2 or x.shape[3] % 2) and x.is_contiguous(memory_format=torch.channels_last)
+    narrow, wide = min(weight.shape[:2]), 128 if torch.is_autocast_enabled("cpu") else 256
+    chosen = (narrow == 1 or narrow >= wide) and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return chosen and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def half_precision(*tensors: Tensor) -> list[Tensor]:
@@ -875,37 +889,63 @@ def half_precision(*tensors: Tensor) -> list[Tensor]:
 
 
 class Doubling(nn.ConvTranspose2d):
-    """Double the side: a transposed convolution of kernel 4, stride 2 (Radford et al. 2015)."""
+    """Double the side: a transposed convolution of stride 2, kernel 4 (Radford et al. 2015) or 5.
+
+    It crops one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does. PyTorch's padding crops both
+    ends alike, so it crops one there, and the last row and column are dropped here.
+    """
+
+    def __init__(self, wide: int, narrow: int, kernel_size: int = 4, bias: bool = False) -> None:
+        super().__init__(wide, narrow, kernel_size, stride=2, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
-        if self.bias is not None or not as_patches(x, self.weight):
-            return super().forward(x)
-        x, weight = half_precision(x, self.weight)
-        patches = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
-        return PatchSum.apply(patches.unflatten(-1, (4, 4, -1))).permute(0, 3, 1, 2)
+        k, _ = self.kernel_size
+        if self.bias is None and as_patches(x, self.weight):
+            x, weight = half_precision(x, self.weight)
+            patches = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
+            return PatchSum.apply(patches.unflatten(-1, (k, k, -1))).permute(0, 3, 1, 2)
+        full = super().forward(x)
+        # BatchNorm takes five times as long on the view that a crop leaves
+        return full if k == 4 else full[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
 
 
 class Halving(nn.Conv2d):
-    """Halve the side: a convolution of kernel 4, stride 2 (Radford et al. 2015)."""
+    """Halve the side: a convolution of stride 2, kernel 4 (Radford et al. 2015) or 5.
+
+    It pads one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does.
+    """
+
+    def __init__(self, narrow: int, wide: int, kernel_size: int = 4, bias: bool = False) -> None:
+        super().__init__(narrow, wide, kernel_size, stride=2, padding=1 if kernel_size == 4 else 0, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, wide, H/2, W/2) for x (N, narrow, H, W)."""
-        if not as_patches(x, self.weight):
-            return super().forward(x)
-        x, weight = half_precision(x, self.weight)
-        patches = Patches.apply(x.permute(0, 2, 3, 1)).flatten(3)
-        return (patches @ weight.permute(2, 3, 1, 0).flatten(0, 2)).permute(0, 3, 1, 2)
+        k, _ = self.kernel_size
+        even = not (x.shape[2] % 2 or x.shape[3] % 2)
+        if even and as_patches(x, self.weight):
+            x, weight = half_precision(x, self.weight)
+            patches = Patches.apply(x.permute(0, 2, 3, 1), k).flatten(3)
+            return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+        return super().forward(x if k == 4 else F.pad(x, (1, k - 3, 1, k - 3)))
 
 
-def double(wide: int, narrow: int, bias: bool = False) -> nn.Module:
-    """Return the convolution that doubles the side."""
-    return Doubling(wide, narrow, kernel_size=4, stride=2, padding=1, bias=bias)
+class FromPoint(nn.ConvTranspose2d):
+    """Open a point to a map of the kernel's side: a transposed convolution, as the matrix product that it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, wide, k, k) for x (N, narrow, 1, 1), channels last."""
+        pixels = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
+        return pixels.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
 
 
-def halve(narrow: int, wide: int) -> nn.Module:
-    """Return the convolution that halves the side."""
-    return Halving(narrow, wide, kernel_size=4, stride=2, padding=1, bias=False)
+class ToPoint(nn.Conv2d):
+    """Close a map of the kernel's side to a point, likewise; libraries are slow, and some wrong in bf16, at 1×1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, narrow, 1, 1) for x (N, wide, k, k)."""
+        pixels, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, self.weight))
+        return (pixels @ weight.T)[:, :, None, None]
 
 
 def hidden(*layers: nn.Module, dropout: float) -> list[nn.Module]:
@@ -934,23 +974,18 @@ def dcgan_widths(image_size: int, base: int) -> list[int]:
     return [base * 2 ** min(k, 3) for k in reversed(range(doublings))]
 
 
-class SameConvTranspose2d(nn.ConvTranspose2d):
-    """Double the side as TensorFlow's Conv2DTranspose(k5, s2, "same") does: crop 1 pixel before and 2 after.
-
-    PyTorch's padding crops both ends alike, so it crops 1 here and forward drops the last row and column.
-    """
+class SameConvTranspose2d(Doubling):
+    """Double the side as TensorFlow's Conv2DTranspose(k5, s2, "same") does."""
 
     def __init__(self, wide: int, narrow: int) -> None:
-        super().__init__(wide, narrow, kernel_size=5, stride=2, padding=1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
-        return super().forward(x)[:, :, :-1, :-1]
+        super().__init__(wide, narrow, kernel_size=5)
 
 
-def same_conv2d(narrow: int, wide: int) -> tuple[nn.Module, nn.Module]:
-    """Halve an even side as TensorFlow's Conv2D(k5, s2, "same") does: pad 1 pixel before and 2 after."""
-    return nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(narrow, wide, kernel_size=5, stride=2)
+class SameConv2d(Halving):
+    """Halve the side as TensorFlow's Conv2D(k5, s2, "same") does."""
+
+    def __init__(self, narrow: int, wide: int) -> None:
+        super().__init__(narrow, wide, kernel_size=5, bias=True)
 
 
 def tensorflow_batch_norm(kind: type[nn.Module], features: int) -> nn.Module:
@@ -1148,8 +1183,7 @@ def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor
         # detach: this step must not reach into G, whose turn comes next
         fake_logits, fake_cost = ask(gan, gan.players["D"], fake.detach() if gan.config.detach else fake, labels)
         loss = gan.loss.discriminator(real_logits, fake_logits)
-    due = gan.config.gradient_penalty and gan.step % gan.config.penalty_every == 0
-    penalty = gradient_penalty(gan, real, fake, labels) if due else 0.0
+    penalty = gradient_penalty(gan, real, fake, labels) if gan._penalty_is_due() else 0.0
     gradient = gan.update("D", loss + real_cost + fake_cost + penalty)
     answers = read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
     measured = {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
@@ -1353,6 +1387,8 @@ class Trainer:
         self._source: Any = None
         self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
+        self._share: float | Tensor = live(0.0, self.device)  # of the new weights in the average
+        self._graphs: IterationGraphs | None = None
         self._sums = dict.fromkeys((*METRICS, "D_G_z²", "count", "images", "seconds"), 0.0)  # of the epoch under way
 
     @classmethod
@@ -1374,13 +1410,12 @@ class Trainer:
         return network.to(self.device, memory_format=torch.channels_last)
 
     def _compile(self, network: nn.Module) -> nn.Module:
-        """Return the network, compiled where the Config asks for it; on a GPU its launches become one CUDA graph."""
+        """Return the network, compiled where the Config asks for it."""
         if not self.config.compile:
             return network
         if isinstance(network, Growing):
             raise ValueError(f"{type(self).__name__} changes while it trains: compile must be False")
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        return torch.compile(network, mode=mode, dynamic=False)
+        return torch.compile(network, dynamic=False)
 
     def _parallel(self, network: nn.Module) -> nn.Module:
         """Return the network, its gradients averaged over all processes where `torchrun` started several.
@@ -1452,7 +1487,8 @@ class Trainer:
         left = self.config.num_epochs - self.epoch if epochs is None else epochs
         self.last_epoch = self.epoch + max(0, left)
         self._clock, self._max_seconds, self._elapsed, self.stop_reason = time.perf_counter(), max_seconds, 0.0, None
-        with stop_on_interrupt(self):
+        self._graphs = IterationGraphs(self) if self._can_record() else None  # new: between two calls all may change
+        with stop_on_interrupt(self), self._own_stream():
             self._tell(callbacks, "on_train_begin")
             try:
                 while self.epoch < self.last_epoch and not self.stop_reason:
@@ -1513,9 +1549,20 @@ class Trainer:
             yield batches
 
     def _iterate(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Take D's steps, each on a batch of its own, then G's steps; a variant changes models or loss, not this."""
-        if self.config.compile:
-            torch.compiler.cudagraph_mark_step_begin()  # what the last iteration's graphs hold may be written over
+        """Take one iteration, on a GPU by replaying an earlier one, and note what was measured."""
+        if self.average is not None:  # faster at first (Yazıcı et al. 2019)
+            self._share = live(1 - min(self.config.ema, (1 + self.step) / (10 + self.step)), self._share)
+        self._rows.append((self._graphs.play if self._graphs else self.play)(batches))
+        self.step += 1
+        self._sums["images"] += self.world * sum(len(real) for real, _ in batches)
+        if self.batch % self.config.log_every == 0:
+            self._fetch_rows()
+
+    def play(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Take D's steps, each on a batch of its own, then G's; return METRICS. A variant swaps models or loss.
+
+        Nothing here waits for the device or decides by a value on it, so that a CUDA graph can hold it.
+        """
         for real, labels in batches:
             fake = self._fake(len(real), labels)  # fakes carry the labels of the real batch
             measured = train_discriminator(self, real, fake, labels)
@@ -1525,11 +1572,40 @@ class Trainer:
             measured |= train_generator(self, fake, labels, measured["real_logits"])
         if self.average is not None and self.config.g_steps:
             self._update_average()
-        self.step += 1
-        self._rows.append(torch.stack([measured[name] for name in METRICS]))
-        self._sums["images"] += self.world * sum(len(real) for real, _ in batches)
-        if self.batch % self.config.log_every == 0:
-            self._fetch_rows()
+        return torch.stack([measured[name] for name in METRICS])
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Let a GPU train in a stream of its own: what the default one has begun cannot go into a CUDA graph."""
+        if self.device.type != "cuda":
+            yield
+            return
+        before, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        stream.wait_stream(before)
+        with torch.cuda.stream(stream):
+            yield
+        before.wait_stream(stream)
+
+    def _can_record(self) -> bool:
+        """Return whether iterations can become CUDA graphs: one GPU, networks that stay, an optimiser made for it."""
+        alone = self.device.type == "cuda" and self.world == 1
+        return (
+            alone
+            and self.config.cuda_graphs
+            and self.config.optimizer == "adam"
+            and not isinstance(self.generator, Growing)
+        )
+
+    def constants(self) -> tuple[Any, ...]:
+        """Return what Python decides of the iteration at hand: a CUDA graph stands for those with equal ones only."""
+        modes = tuple(
+            module.training for network in (self.generator, self.discriminator) for module in network.modules()
+        )
+        return self.config, self._penalty_is_due(), self._noise(), modes
+
+    def _penalty_is_due(self) -> bool:
+        """Return whether D's slope is penalised in this iteration."""
+        return self.config.gradient_penalty > 0 and self.step % self.config.penalty_every == 0
 
     def _fake(self, n: int, labels: Tensor | None) -> Tensor:
         """Return n generated images that still know how G made them."""
@@ -1566,9 +1642,13 @@ class Trainer:
 
     def noisy(self, images: Tensor) -> Tensor:
         """Return what D sees: with Gaussian noise where the Config asks for it (Arjovsky & Bottou 2017, §3)."""
-        fade = 1 - self.step / self.config.noise_D_batches if self.config.noise_D_batches else 1.0
-        std = self.config.noise_D * max(0.0, fade)
+        std = self._noise()
         return images + std * torch.randn_like(images) if std else images
+
+    def _noise(self) -> float:
+        """Return the standard deviation of the noise on what D sees, which may fade."""
+        fade = 1 - self.step / self.config.noise_D_batches if self.config.noise_D_batches else 1.0
+        return self.config.noise_D * max(0.0, fade)
 
     def _follow_schedule(self) -> None:
         """Set learning rates, and the size of networks that grow, for the share of the run that is done."""
@@ -1579,17 +1659,16 @@ class Trainer:
         factor = max(0.0, min(1.0, 2 * (1 - share))) if self.config.lr_schedule == "linear_tail" else 1.0
         for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = live(lr * factor, group["lr"])
         for network in (self.generator, self.discriminator, self.average):
             if isinstance(network, Growing):
                 network.grow(share / self.config.growth if self.config.growth else 1.0)
 
     @torch.no_grad()
     def _update_average(self) -> None:
-        """Move the averaged generator towards the present one, faster at first (Yazıcı et al. 2019)."""
-        share = 1 - min(self.config.ema, (1 + self.step) / (10 + self.step))
+        """Move the averaged generator towards the present one."""
         for mine, new in zip(self.average.state_dict().values(), self.generator.state_dict().values(), strict=True):
-            mine.lerp_(new, share) if mine.is_floating_point() else mine.copy_(new)
+            mine.lerp_(new, self._share) if mine.is_floating_point() else mine.copy_(new)
 
     # ------------------------------------------------------------------------------------------------ the record
     def _fetch_rows(self) -> None:
@@ -1853,6 +1932,81 @@ class Trainer:
             return slopes(self.discriminator, between, labels).mean().item()
 
 
+class IterationGraphs:
+    """Replay a GAN's iterations as CUDA graphs: one launch in place of a thousand, for which small networks wait.
+
+    A graph repeats its kernels with the numbers that Python gave them, so every `gan.constants()` has one of its own,
+    recorded when they come for the fourth time: by then cuDNN has chosen its kernels, and Adam has its memory. What
+    changes meanwhile lies in tensors (batch, learning rates, share of the average) or in CUDA's random state.
+    """
+
+    def __init__(self, gan: Trainer) -> None:
+        self.gan = gan
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin anew."""
+        self.config, self.refused = self.gan.config, False
+        self.seen: Counter[tuple] = Counter()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list, Tensor]] = {}
+        self.pool = torch.cuda.graph_pool_handle()  # shared: no two of them run at a time
+
+    def play(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Take an iteration as `gan.play` does, and return its METRICS."""
+        if self.gan.config is not self.config:  # what was recorded for the old one would only take memory
+            self._forget()
+        key = (self.gan.constants(), tuple(real.shape for real, _ in batches))
+        self.seen[key] += 1
+        if self.seen[key] >= 4 and key not in self.graphs and not self.refused:
+            self._record(key, batches)
+        if key not in self.graphs:
+            return self.gan.play(batches)
+        graph, places, row = self.graphs[key]
+        for place, batch in zip(places, batches, strict=True):
+            for tensor, new in zip(place, batch, strict=True):
+                if tensor is not None:
+                    tensor.copy_(new)
+        graph.replay()
+        return row.clone()  # the next replay writes over it
+
+    def _record(self, key: tuple, batches: list[tuple[Tensor, Tensor | None]]) -> None:
+        """Record an iteration, which takes no step: the graph, its batches' places and METRICS; or go on without."""
+        places = [tuple(None if tensor is None else tensor.clone() for tensor in batch) for batch in batches]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:  # thread_local: other threads may draw samples meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                row = self.gan.play(places)
+        except RuntimeError as error:
+            self.refused = True
+            self._clear_up()
+            warnings.warn(
+                f"training goes on without CUDA graphs, several times slower: {str(error).splitlines()[0]}. A loss or "
+                "network that looks at values (.item(), if) cannot be recorded; cuda_graphs=False ends this warning",
+                stacklevel=2,
+            )
+        else:
+            self.graphs[key] = graph, places, row
+
+    def _clear_up(self) -> None:
+        """Undo what a recording that broke off leaves: gradients, scalers and random numbers that still wait for it."""
+        gan = self.gan
+        for optimizer in (gan.optimizer_D, gan.optimizer_G):
+            optimizer.zero_grad(set_to_none=True)
+        for name in ("scaler_D", "scaler_G"):
+            scale = getattr(gan, name).state_dict()
+            setattr(gan, name, torch.amp.GradScaler(gan.device.type, enabled=bool(scale)))
+            if scale:
+                getattr(gan, name).load_state_dict(scale)
+        torch.cuda.default_generators[gan.device.index or 0].graphsafe_set_state(torch.Generator(gan.device))
+
+
+def live(value: float, place: float | Tensor | torch.device) -> float | Tensor:
+    """Return a number that changes between replays of a graph: on a GPU a tensor, `place` itself once there is one."""
+    if isinstance(place, torch.device):
+        return torch.tensor(value, device=place) if place.type == "cuda" else value
+    return place.fill_(value) if isinstance(place, Tensor) else value
+
+
 def sample_diversity(samples: Tensor, real: Tensor) -> float:
     """Return the root-mean-square distance between two random samples, divided by the same for real images.
 
@@ -1886,8 +2040,10 @@ def relative_change(before: Tensor, after: Tensor) -> float:
 def make_optimizer(network: nn.Module, config: Config, lr: float) -> torch.optim.Optimizer:
     """Return the optimiser that the Config names, Adam in its fused form."""
     kind = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[config.optimizer]
-    fused = {"fused": True} if config.optimizer == "adam" else {}
-    return kind(network.parameters(), lr=lr, **optimizer_settings(config), **fused)
+    device = next(network.parameters()).device
+    fused = {"fused": True, "capturable": device.type == "cuda"} if config.optimizer == "adam" else {}
+    rate = live(lr, device) if config.optimizer == "adam" else lr
+    return kind(network.parameters(), lr=rate, **optimizer_settings(config), **fused)
 
 
 def optimizer_settings(config: Config) -> dict[str, Any]:
@@ -3678,7 +3834,7 @@ def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     for name in ("optimizer_G", "optimizer_D"):
         state = getattr(gan, name).state_dict()
-        groups[name] = state["param_groups"]
+        groups[name] = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
         for index, values in state["state"].items():
             tensors |= {f"{name}.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
     record = {
@@ -3751,6 +3907,11 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict], ten
         weight = weights[int(index)]
         value = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
         state.setdefault(int(index), {})[key] = value
+    machine = ("lr", "fused", "capturable")  # as this device needs them; the rate is set anew in every iteration
+    groups = [
+        {**kept, **{name: mine[name] for name in machine if name in mine}}
+        for kept, mine in zip(groups, optimizer.param_groups, strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -16,6 +16,29 @@ matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit
 torch.set_num_threads(min(2, torch.get_num_threads()))  # the tensors here are small; more threads only wait
 
 
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def as_on_a_cpu():
+    """Hide a GPU, also from child processes, and a CPU's bf16: most tests compare with float32, some bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(autouse=True)
+def gpu_where_asked_for(request, monkeypatch):
+    """Show the GPU to the tests marked so, and skip them where there is none."""
+    if request.node.get_closest_marker("gpu"):
+        if not GPU:
+            pytest.skip("needs a GPU")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # torch looks at it when it first uses the GPU
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Return the repository's folder."""

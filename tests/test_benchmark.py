@@ -35,7 +35,8 @@ def test_all_ways_are_measured_each_in_a_process_of_its_own(tmp_path):
         assert 0 < run["warm_up_seconds"] < 300
     assert cell["seconds_to_distance"] == {}  # nothing is good after a second
     assert results["recipes"]["dcgan"] == CELL
-    assert cell["precision"] == du.pick_precision("auto", du.pick_device("auto"))
+    assert cell["precision"] in ("fp32", "bf16")  # what the machine does well
+    assert cell["repeats"] == 1
 
 
 def test_the_table_holds_medians_and_the_median_of_ratios():

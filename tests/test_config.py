@@ -54,6 +54,7 @@ CHOICES = {
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
     "compile": (True, False),
+    "cuda_graphs": (True, False),
     "detach": (True, False),
     "batch_norm_G": (True, False),
     "batch_norm_D": (True, False),

@@ -375,7 +375,7 @@ def test_neighbours_are_those_of_a_brute_force_search(many):
     rng = torch.Generator().manual_seed(0)
     noisy = du.normalise(many[PLANTED[2:5]])
     noisy = noisy + 0.3 * torch.randn(noisy.shape, generator=rng)
-    blends = du.normalise(many[:3]) * 0.5 + du.normalise(many[100:103]) * 0.5
+    blends = du.normalise(many[:3]) * 0.55 + du.normalise(many[100:103]) * 0.45  # halfway, rounding would decide
     samples = torch.cat([noisy, blends])
     expected = brute_force(samples, many).min(dim=1)
     index, distance = du.nearest_neighbours(samples, many)

@@ -176,3 +176,12 @@ def test_a_size_that_does_not_double_from_four_is_refused(size):
 def test_growth_has_a_range():
     with pytest.raises(ValueError, match=r"growth = 1\.5.*0 … 1"):
         du.ProgressiveGAN(growth=1.5)
+
+
+def test_sizes_fade_in_half_precision_too(mnist_small):
+    """On a GPU autocast makes the one size bf16 and the other float32; they are mixed in float32."""
+    coarse, fine = torch.zeros(1, 1, 2, 2, dtype=torch.bfloat16), torch.ones(1, 1, 2, 2)
+    assert torch.equal(du.fade(coarse, fine, 0.25), torch.full((1, 1, 2, 2), 0.25))
+    gan = make(du.ProgressiveGAN, precision="bf16", growth=1.0)
+    history = gan.train(1, data=mnist_small[0][:256], callbacks=[])
+    assert all(math.isfinite(history[name][0]) for name in ("loss_D", "loss_G", "diversity"))

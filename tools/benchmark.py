@@ -1,20 +1,23 @@
 """Compare each recipe's images per second with the same networks trained the textbook way, on this machine.
 
-    python tools/benchmark.py                         # about half an hour; results/benchmark/cpu.json and the table
-    python tools/benchmark.py --recipes fast --repeats 1 --seconds 5 --quality 0  # the other recipes' lines stay
+    python tools/benchmark.py                # about half an hour; results/benchmark/cpu.json or gpu.json and the table
+    python tools/benchmark.py --recipes fast --ways ours --repeats 1 --seconds 5 --quality 0  # what else is there stays
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
 after every batch. Ours is the recipe as it is; compiled is the same with `Config.compile`, and its first batches, in
-which torch.compile works, are told apart. Each measurement is a process of its own; the ways take turns, so that a
-machine shared with others is unfair to all alike. Then each recipe trains once for `--quality` seconds, and the judge
-says when its samples came below each Fréchet distance; the clock stands still while it reads.
+which torch.compile works without what it kept from earlier, are told apart. Each measurement is a process of its own
+and is kept at once; the ways take turns, so that a machine shared with others is unfair to all alike. Then each recipe
+trains once for `--quality` seconds, and the judge says when its samples came below each Fréchet distance; the clock
+stands still while it reads.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from torchvision import transforms  # noqa: E402
 
@@ -56,6 +59,15 @@ class Digits(Dataset):
         return self.transform(Image.fromarray(self.images[index].numpy())), int(self.labels[index])
 
 
+def make_plain(layer: nn.Module) -> None:
+    """Turn a layer of ours into torch's own; kernel 5 then pads as PyTorch's users write it, which costs no copy."""
+    if isinstance(layer, (du.Doubling, du.Halving)) and layer.kernel_size == (5, 5):
+        layer.padding, layer.output_padding = (2, 2), (1, 1) if layer.transposed else (0, 0)
+    for theirs in (nn.Dropout, nn.ConvTranspose2d, nn.Conv2d):
+        if isinstance(layer, theirs):
+            layer.__class__ = theirs
+
+
 def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
     """Train as public scripts do and yield the images of each batch when it is done."""
     config = kind.resolve()
@@ -63,8 +75,7 @@ def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
     torch.manual_seed(config.seed)
     generator, discriminator = (network(config).to(device) for network in kind.networks)
     for layer in [*generator.modules(), *discriminator.modules()]:
-        if isinstance(layer, du.FastDropout):
-            layer.__class__ = torch.nn.Dropout
+        make_plain(layer)
     optimizer_G, optimizer_D = (
         torch.optim.Adam(network.parameters(), lr=lr, betas=(config.beta1, config.beta2))
         for network, lr in ((generator, config.lr_G), (discriminator, config.lr_D))
@@ -177,9 +188,22 @@ def machine() -> str:
     return f"{torch.get_num_threads()} threads, {platform.machine()} {units}, torch {torch.__version__}"
 
 
-def middle(cell: dict, way: str, what: str = "images_per_second") -> float:
-    """Return the median of one reading over the runs of one way."""
-    return statistics.median(run[what] for run in cell[way])
+def middle(cell: dict, way: str, what: str, form: str) -> str:
+    """Return the median of one reading over the runs of one way, – where there are none."""
+    return format(statistics.median(run[what] for run in cell[way]), form) if cell.get(way) else "–"
+
+
+def ratio(cell: dict, way: str) -> str:
+    """Return the median of how much faster one way was than the textbook's, turn by turn."""
+    pairs = zip(cell.get(way, []), cell.get("textbook", []), strict=False)
+    ratios = [run["images_per_second"] / plain["images_per_second"] for run, plain in pairs]
+    return f"{statistics.median(ratios):.2f}" if ratios else "–"
+
+
+def rate(cell: dict, way: str, *notes: str) -> str:
+    """Return images per second, with notes in brackets."""
+    text = middle(cell, way, "images_per_second", ".0f")
+    return f"{text} ({'; '.join(notes)})" if notes and text != "–" else text
 
 
 def table(results: dict) -> str:
@@ -191,19 +215,12 @@ def table(results: dict) -> str:
         "|" + "---|" * 7,
     ]
     for recipe, cell in results["recipes"].items():
-        ratio = {
-            way: statistics.median(
-                run["images_per_second"] / plain["images_per_second"]
-                for run, plain in zip(cell[way], cell["textbook"], strict=True)
-            )
-            for way in WAYS
-        }
-        reached, before = cell.get("seconds_to_distance", {}), middle(cell, "compiled", "warm_up_seconds")
+        reached = cell.get("seconds_to_distance", {})
         parts = [
-            f"`{du.RECIPES[recipe].__name__}`", cell["precision"], f"{middle(cell, 'textbook'):.0f}",
-            f"{middle(cell, 'ours'):.0f} ({ratio['ours']:.2f})",
-            f"{middle(cell, 'compiled'):.0f} ({ratio['compiled']:.2f}; {before:.0f})",
-            " / ".join(f"{middle(cell, way, 'mebibytes'):.0f}" for way in WAYS),
+            f"`{du.RECIPES[recipe].__name__}`", cell["precision"], rate(cell, "textbook"),
+            rate(cell, "ours", ratio(cell, "ours")),
+            rate(cell, "compiled", ratio(cell, "compiled"), middle(cell, "compiled", "warm_up_seconds", ".0f")),
+            " / ".join(middle(cell, way, "mebibytes", ".0f") for way in WAYS),
             " / ".join(f"{reached[str(level)]:.0f}" if str(level) in reached else "–" for level in LEVELS),
         ]  # fmt: skip
         rows.append("| " + " | ".join(parts) + " |")
@@ -212,26 +229,32 @@ def table(results: dict) -> str:
     return f"{results['machine']}; median of {runs}\n\n" + "\n".join(rows)
 
 
-def compare(recipes: list[str], repeats: int, seconds: float, longest: float = 0) -> dict:
-    """Measure every recipe all ways, in turns, each in a process of its own; then how soon its samples are good."""
-    results = {"machine": machine(), "recipes": {}}
-    device = du.pick_device("auto")
-    for recipe in recipes:
-        precision = du.pick_precision("auto", device)
-        cell = {"precision": precision, "repeats": repeats, "seconds": seconds, "quality_seconds": longest}
-        results["recipes"][recipe] = cell = cell | {way: [] for way in WAYS}
-        for _ in range(repeats):
-            for way in WAYS:
-                cell[way].append(in_a_process(way, recipe, seconds))
-        if longest:
-            cell["seconds_to_distance"] = in_a_process("quality", recipe, longest)
-    return results
+def compare(results: dict, options: argparse.Namespace) -> Iterator[None]:
+    """Measure every recipe in turns, each time in a process of its own; then how soon its samples are good.
+
+    What is found goes into `results`, which is whole at every yield.
+    """
+    precision = du.pick_precision("auto", du.pick_device("auto"))
+    for recipe in options.recipes:
+        cell = results["recipes"].setdefault(recipe, {})
+        cell |= {"precision": precision, "repeats": options.repeats, "seconds": options.seconds}
+        cell |= {way: [] for way in options.ways}
+        for _ in range(options.repeats):
+            for way in options.ways:
+                cell[way].append(in_a_process(way, recipe, options.seconds))
+                yield
+    for recipe in options.recipes if options.quality else []:
+        results["recipes"][recipe]["seconds_to_distance"] = in_a_process("quality", recipe, options.quality)
+        yield
 
 
 def in_a_process(what: str, recipe: str, seconds: float) -> dict[str, float]:
-    """Return one measurement, made by this script in a process of its own."""
+    """Return one measurement, made by this script in a process of its own, for which torch compiles anew."""
     command = [sys.executable, __file__, "--measure", what, "--recipes", recipe, "--seconds", str(seconds)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    anew = {**os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=anew)
+    if done.returncode:
+        raise RuntimeError(f"measuring {what} of {recipe} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -242,7 +265,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15)
     parser.add_argument("--quality", type=float, default=60, help="seconds of the run that is judged; 0: none")
-    parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=Path, help="where results are kept (default: cpu.json or gpu.json there)")
     parser.add_argument(
         "--measure", choices=(*WAYS, "quality"), help=argparse.SUPPRESS
     )  # one measurement, in its own process
@@ -252,12 +276,17 @@ def main() -> None:
         good = options.measure == "quality"
         print(json.dumps(quality(kind, options.seconds) if good else measure(kind, options.measure, options.seconds)))
         return
-    results = compare(options.recipes, options.repeats, options.seconds, options.quality)
-    if options.out.is_file() and (kept := json.loads(options.out.read_text()))["machine"] == results["machine"]:
-        kept["recipes"] |= results["recipes"]
-        results["recipes"] = kept["recipes"]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    gpu = du.pick_device("auto").type == "cuda"
+    if "compiled" in options.ways and not gpu and not shutil.which("g++"):
+        print("no C++ compiler (g++): not compiled", file=sys.stderr)
+        options.ways.remove("compiled")
+    out = options.out or RESULTS / f"{'gpu' if gpu else 'cpu'}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results = {"machine": machine(), "recipes": {}}
+    if out.is_file() and (kept := json.loads(out.read_text()))["machine"] == results["machine"]:
+        results = kept
+    for _ in compare(results, options):
+        out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
 
 

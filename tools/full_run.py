@@ -2,9 +2,10 @@
 
     python tools/full_run.py --recipe dcgan --name dcgan --slice 300 [--epochs 30] [--minutes 90] [--set FIELD=VALUE …]
 
-After every slice of `--slice` seconds: a checkpoint under outputs/full_run/NAME, so that a stop loses nothing and the
-same command goes on, and a frame. At the end results/NAME holds history.json, scores.json (10,000 samples judged),
-grid.png, samples.png, history.png and training.gif.
+After every epoch, and every slice of `--slice` seconds where epochs are long: the judge's reading of 1,000 samples, a
+frame, and a checkpoint under outputs/full_run/NAME, so that a stop loses nothing and the same command goes on. At the
+end results/NAME holds history.json, scores.json (10,000 samples judged) and samples.png; without `--brief` also
+grid.png, history.png and training.gif.
 """
 
 import argparse
@@ -17,6 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dcgan_utils as du  # noqa: E402
+
+
+class Keep(du.Callback):
+    """Keep a frame and a checkpoint of every epoch, also of one that was cut short."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+
+    def on_epoch_end(self, gan: du.GAN) -> None:
+        """Save both, and say where training is."""
+        gan.save(self.work / "newest")
+        frame = du.plot_images(gan.fixed_samples(36), title(gan), columns=6)
+        du.save_picture(frame, self.work / "frames" / f"{gan.step:07d}.png")
+        now = gan.history.last()
+        print(title(gan), gan.history, f"diversity {now['diversity']:.2f}, distance {now['fid']:.2f}", flush=True)
 
 
 class StopAtTime(du.Callback):
@@ -39,6 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="in all (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so long")
     parser.add_argument("--slice", type=float, default=600, help="seconds between two checkpoints")
+    parser.add_argument("--brief", action="store_true", help="no pictures but the samples")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
     work, results = ROOT / "outputs" / "full_run" / options.name, ROOT / "results" / options.name
@@ -49,19 +66,17 @@ def main() -> None:
     gan = kind.load(work / "newest", **overrides) if (work / "newest").exists() else kind(**overrides)
     end = time.monotonic() + 60 * options.minutes
     while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
-        gan.train(callbacks=[StopAtTime(min(end, time.monotonic() + options.slice))])
-        gan.save(work / "newest")
-        frame = du.plot_images(gan.fixed_samples(36), title(gan), columns=6)
-        du.save_picture(frame, work / "frames" / f"{gan.step:07d}.png")
-        print(title(gan), gan.history, f"diversity {gan.history['diversity'][-1]:.2f}", flush=True)
+        gan.train(callbacks=[du.JudgeSamples(), Keep(work), StopAtTime(min(end, time.monotonic() + options.slice))])
     gan._set_data("mnist")
     results.mkdir(parents=True, exist_ok=True)
     (results / "history.json").write_text(json.dumps(gan.history.to_json(), default=float))
     scores = gan.evaluate()
     print(scores)
     (results / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
-    du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title(gan)), results / "grid.png")
     du.save_picture(du.plot_images(gan.fixed_samples(50), title(gan), columns=10), results / "samples.png")
+    if options.brief:
+        return
+    du.save_picture(du.plot_real_vs_fake(gan.real_samples(), gan.fixed_samples(), title(gan)), results / "grid.png")
     du.save_picture(gan.plot_history(), results / "history.png")
     du.make_animation(thin_out(sorted((work / "frames").glob("*.png")), 16), results / "training.gif")
 

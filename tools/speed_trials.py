@@ -98,7 +98,7 @@ class TrialGenerator(nn.Module):
             *(
                 [nn.Conv2d(k.narrow, 4, kernel_size=3, padding=1), nn.PixelShuffle(2)]
                 if k.last == "shuffle"
-                else [du.double(k.narrow, 1, bias=True)]
+                else [du.Doubling(k.narrow, 1, bias=True)]
             ),
             nn.Tanh(),
         )
@@ -129,7 +129,7 @@ class TrialDiscriminator(nn.Module):
         self.wrongs: list[Tensor] = []  # what D's step on real and on fake digits says of wrong labels
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
-        first = [du.halve(knobs.pack, w)]
+        first = [du.Halving(knobs.pack, w)]
         if knobs.unshuffle:
             first = [nn.PixelUnshuffle(2), nn.Conv2d(4 * knobs.pack, w, kernel_size=3, padding=1, bias=False)]
         second = nn.Conv2d(w, 2 * w, kernel_size=knobs.kernel, stride=2, padding=1, bias=False)
@@ -218,11 +218,23 @@ class TrialGAN(du.FastDCGAN):
         factor = max(0.0, factor) * min(1.0, (self.step + 1) / max(1, self.knobs.warm_up))
         for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
             for group in optimizer.param_groups:
-                group["lr"] = lr * factor
+                group["lr"] = du.live(lr * factor, group["lr"])
+
+    def play(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Keep the batch for the penalties."""
+        self.batch_now = batches[-1]
+        return super().play(batches)
+
+    def constants(self) -> tuple[Any, ...]:
+        """Say also whether the knobs' penalties are due, for the sake of CUDA graphs."""
+        return *super().constants(), self.penalties_are_due()
+
+    def penalties_are_due(self) -> bool:
+        """Return whether this iteration takes the knobs' gradient penalties."""
+        return (self.knobs.r1 > 0 or self.knobs.r2 > 0) and self.step % self.knobs.lazy == 0
 
     def _iterate(self, batches: list[tuple[Tensor, Tensor | None]]) -> None:
-        """Keep the batch for the penalties, and double it when the time has come."""
-        self.batch_now = batches[-1]
+        """Double the batch when the time has come."""
         super()._iterate(batches)
         if self.knobs.grow_batch and self.share() > self.knobs.grow_batch and self.config.batch_size < 128:
             self.reconfigure(batch_size=2 * self.config.batch_size)
@@ -238,12 +250,14 @@ class TrialGAN(du.FastDCGAN):
             return super().noisy(images)
         n, side = len(images), images.shape[-1]
         padded = F.pad(images, (far,) * 4, value=-1.0)[:, 0]
-        rows, columns = (torch.randint(2 * far + 1, (n, 1)) + torch.arange(side) for _ in range(2))
-        return padded[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
+        here = images.device
+        moves = torch.randint(2 * far + 1, (2, n, 1), device=here)
+        rows, columns = moves + torch.arange(side, device=here)
+        return padded[torch.arange(n, device=here)[:, None, None], rows[:, :, None], columns[:, None, :]][:, None]
 
     def update(self, player: str, loss: Tensor) -> Tensor:
         """Add the gradient penalties to D's loss every few steps."""
-        if player == "D" and (self.knobs.r1 or self.knobs.r2) and self.step % self.knobs.lazy == 0:
+        if player == "D" and self.penalties_are_due():
             real, labels = self.batch_now
             for weight, images in ((self.knobs.r1, real), (self.knobs.r2, self.fake_now.detach())):
                 loss = loss + (weight * self.knobs.lazy / 2 * self.penalty(images, labels) if weight else 0)
@@ -266,6 +280,7 @@ class TrialGAN(du.FastDCGAN):
 START = du.Config(  # L; U has no labels and half the rates
     image_size=28, nz=64, ndf=32, conditional=True, num_epochs=10_000, lr_G=2e-3, lr_D=2e-3, lr_schedule="constant",
     beta2=0.99, real_label_smooth=0.9, fake_label_smooth=0.0, ema=0.99, out_dir=str(ROOT / "outputs" / "speed"),
+    precision="fp32",  # wherever a trial runs
 )  # fmt: skip
 
 
@@ -292,7 +307,8 @@ class Idea:
     def make(self, seed: int) -> du.FastDCGAN:
         """Return the GAN."""
         if self.own:
-            return du.FastDCGAN(seed=seed, out_dir=START.out_dir, **self.config)
+            settings = {"out_dir": START.out_dir, "precision": START.precision} | self.config
+            return du.FastDCGAN(seed=seed, **settings)
         config = dict(self.config)
         if self.knobs.styles > 1:  # clusters stand as labels, also where there are none
             classes = 10 if config.get("conditional", True) else 1
@@ -356,6 +372,14 @@ F_ = ON_B.but(
 F_ = dataclasses.replace(F_, timed_as="")
 ON_F = dataclasses.replace(F_, base="F", verdict="not tried")  # ideas on top of F
 LIKE_F = dataclasses.replace(ON_F, timed_as="F")
+ON_NOW = ON_F.but("", beta1=0.0, base="FastDCGAN")  # ideas on top of FastDCGAN as it is
+
+
+def now(why: str, timed_as: str = "F", **changes: Any) -> Idea:
+    """Return an idea on top of FastDCGAN as it is; `timed_as` had the same change with momentum, or costs the same."""
+    return ON_NOW.but(why, timed_as=timed_as, **changes)
+
+
 UB = U.but("B's batch and G", batch_size=64, narrow=32, verdict="not tried")
 UB_PENALISED = {"init": "he", "batch_norm_D": False, "r1": 0.2, "lr_G": 2e-3, "lr_D": 2e-3}
 IDEAS: dict[str, Idea] = {
@@ -448,6 +472,39 @@ IDEAS: dict[str, Idea] = {
     "F, noise 0.1": ON_F.but("D's view smoothed (Arjovsky & Bottou 2017)", noise_D=0.1),
     "F, warm-up": LIKE_F.but("the first steps are the wildest", warm_up=50),
     "F, batch doubles": LIKE_F.but("quick at first, calm at the end", grow_batch=0.6),
+    "now, lazy 16": now("half as many penalties, twice as strong", "F, lazy 16", lazy=16),
+    "now, no matching": now("what matching is worth", match=0.0),
+    "now, match 0.25": now("half of it", match=0.25),
+    "now, match 1": now("twice as much", match=1.0),
+    "now, R1 + R2 0.5": now("a stronger penalty", r1=0.5, r2=0.5),
+    "now, R1 + R2 0.1": now("a weaker one", r1=0.1, r2=0.1),
+    "now, R1 alone": now("what the penalty on fakes is worth", r2=0.0, lazy=4),
+    "now, cross-entropy": now("what pairs are worth", loss="smooth"),
+    "now, hinge": now("hinge loss in their place", loss="hinge"),
+    "now, D kernel 3": now("D's dearest layer costs nine sixteenths", "F, D kernel 3", kernel=3),
+    "now, G kernel 2": now("G's dearest layer costs a quarter", "F, G kernel 2", up=2),
+    "now, narrow D": now("three quarters of D's maps", "F, narrow D", ndf=24),
+    "now, wide 64": now("half of G's maps at 7×7", "F, wide 64", wide=64),
+    "now, extra 7": now("a 3×3 convolution at 7×7", "F, extra 7", extra=7),
+    "now, batch 32": now("twice the updates again", "F, batch 32", batch_size=32),
+    "now, batch 128": now("half the updates, better kernels", "F, batch 128", batch_size=128),
+    "now, batch doubles": now("quick at first, calm at the end", grow_batch=0.6),
+    "now, rates 1e-3": now("slower", lr_G=1e-3, lr_D=1e-3),
+    "now, rates 3e-3": now("faster still", lr_G=3e-3, lr_D=3e-3),
+    "now, lr_D 1e-3": now("a weaker D leaves more variety", lr_D=1e-3),
+    "now, tail from 0.3": now("a longer tail", tail_from=0.3),
+    "now, tail from 0.7": now("a shorter one", tail_from=0.7),
+    "now, cosine": now("falls from the start", tail="cosine", tail_from=0.0),
+    "now, warm-up": now("the first steps are the wildest", warm_up=50),
+    "now, beta2 0.9": now("a shorter memory of the gradients' size", beta2=0.9),
+    "now, EMA 0.98": now("a shorter average", ema=0.98),
+    "now, EMA 0.995": now("a longer one", ema=0.995),
+    "now, z of 32": now("fewer directions", "F, z of 32", nz=32),
+    "now, z of 128": now("more directions", "F, z of 128", nz=128),
+    "now, mapping": now("a hidden layer between z and G", "F, mapping", mapping=True),
+    "now, shift 1": now("D sees all moved by up to a pixel (DiffAugment 2020)", "F, shift 1", shift=1),
+    "now, noise 0.1": now("D's view smoothed (Arjovsky & Bottou 2017)", "F, noise 0.1", noise_D=0.1),
+    "now, z × 1.1": now("more variety at the price of precision", sample_scale=1.1),
     "B, pairs, R1 0.2, match 0.25": ON_B.but("half of it", **PAIRS, r1=0.2, match=0.25, verdict="dropped: a tie"),
     "B, pairs, R1 0.4, match": ON_B.but("a stronger penalty", **PAIRS, r1=0.4, match=0.5),
     "B, match": LIKE_B.but(
@@ -515,6 +572,16 @@ IDEAS: dict[str, Idea] = {
     ),
     "UB, pack 2": UB.but("D sees two images at once (PacGAN 2018)", pack=2),
     "FastDCGAN": Idea("the module's, as it is", own=True),
+    "FastDCGAN, bf16": Idea(
+        "the same in bf16", config={"precision": "bf16"}, own=True, base="FastDCGAN", timed_as="FastDCGAN"
+    ),
+    "FastDCGAN, fp16": Idea(
+        "the same in fp16 with scaled gradients, on a GPU",
+        config={"precision": "fp16"},
+        own=True,
+        base="FastDCGAN",
+        timed_as="FastDCGAN",
+    ),
     "FastDCGAN, label-free": Idea("the module's, as it is", config={"conditional": False}, own=True, base="U"),
 }
 
@@ -577,6 +644,7 @@ def score(gan: du.FastDCGAN, n: int = 10_000) -> dict[str, float]:
         drawn = torch.multinomial(counts[asked], 1, generator=torch.Generator().manual_seed(0))[:, 0]
         digits = asked * styles + drawn
         asked = asked if classes > 1 else None
+    asked = None if asked is None else asked.cpu()
     fake = du.read_digits(gan.sample(n, seed=0, digits=digits))
     scores = du.score_reading(fake, _REAL)
     if asked is not None:

@@ -2,6 +2,7 @@
 
     python tools/speed_trials.py --seconds 60 --seeds 0 1 --ideas L B      # goes on where an earlier start stopped
     python tools/speed_trials.py --table                                   # writes results/speed/table.md anew
+    python tools/speed_trials.py --clock --seconds 60 --ideas L FastDCGAN  # real seconds, results/speed/clock.jsonl
 
 A nominal second is what the rough recipe L needs for NOMINAL images. How much faster or slower than L an idea is gets
 measured once, both in turns, and kept; an idea is then given the images that it would do in the time. So trials do
@@ -38,6 +39,7 @@ import dcgan_utils as du  # noqa: E402
 FOLDER = ROOT / "results" / "speed"
 KEPT = FOLDER / "trials.jsonl"
 RATES = FOLDER / "rates.json"
+CLOCK = FOLDER / "clock.jsonl"  # runs by the clock, on two cores with AMX
 NOMINAL = 600  # images a second of L: what one core without AMX gave
 TURN = 16  # iterations in a turn of the timing: as many as hold one lazy penalty of any idea
 SCORES = ("fid", "kid", "precision", "recall", "density", "coverage", "confidence", "digit_accuracy", "class_entropy")
@@ -372,7 +374,7 @@ F_ = ON_B.but(
 F_ = dataclasses.replace(F_, timed_as="")
 ON_F = dataclasses.replace(F_, base="F", verdict="not tried")  # ideas on top of F
 LIKE_F = dataclasses.replace(ON_F, timed_as="F")
-ON_NOW = ON_F.but("", beta1=0.0, base="FastDCGAN")  # ideas on top of FastDCGAN as it is
+ON_NOW = ON_F.but("", beta1=0.0, base="FastDCGAN, bf16")  # ideas on top of FastDCGAN as it is, also run on a GPU
 
 
 def now(why: str, timed_as: str = "F", **changes: Any) -> Idea:
@@ -472,39 +474,56 @@ IDEAS: dict[str, Idea] = {
     "F, noise 0.1": ON_F.but("D's view smoothed (Arjovsky & Bottou 2017)", noise_D=0.1),
     "F, warm-up": LIKE_F.but("the first steps are the wildest", warm_up=50),
     "F, batch doubles": LIKE_F.but("quick at first, calm at the end", grow_batch=0.6),
-    "now, lazy 16": now("half as many penalties, twice as strong", "F, lazy 16", lazy=16),
-    "now, no matching": now("what matching is worth", match=0.0),
-    "now, match 0.25": now("half of it", match=0.25),
-    "now, match 1": now("twice as much", match=1.0),
-    "now, R1 + R2 0.5": now("a stronger penalty", r1=0.5, r2=0.5),
-    "now, R1 + R2 0.1": now("a weaker one", r1=0.1, r2=0.1),
-    "now, R1 alone": now("what the penalty on fakes is worth", r2=0.0, lazy=4),
-    "now, cross-entropy": now("what pairs are worth", loss="smooth"),
-    "now, hinge": now("hinge loss in their place", loss="hinge"),
-    "now, D kernel 3": now("D's dearest layer costs nine sixteenths", "F, D kernel 3", kernel=3),
-    "now, G kernel 2": now("G's dearest layer costs a quarter", "F, G kernel 2", up=2),
-    "now, narrow D": now("three quarters of D's maps", "F, narrow D", ndf=24),
-    "now, wide 64": now("half of G's maps at 7×7", "F, wide 64", wide=64),
-    "now, extra 7": now("a 3×3 convolution at 7×7", "F, extra 7", extra=7),
-    "now, batch 32": now("twice the updates again", "F, batch 32", batch_size=32),
-    "now, batch 128": now("half the updates, better kernels", "F, batch 128", batch_size=128),
-    "now, batch doubles": now("quick at first, calm at the end", grow_batch=0.6),
-    "now, rates 1e-3": now("slower", lr_G=1e-3, lr_D=1e-3),
-    "now, rates 3e-3": now("faster still", lr_G=3e-3, lr_D=3e-3),
-    "now, lr_D 1e-3": now("a weaker D leaves more variety", lr_D=1e-3),
-    "now, tail from 0.3": now("a longer tail", tail_from=0.3),
-    "now, tail from 0.7": now("a shorter one", tail_from=0.7),
-    "now, cosine": now("falls from the start", tail="cosine", tail_from=0.0),
-    "now, warm-up": now("the first steps are the wildest", warm_up=50),
-    "now, beta2 0.9": now("a shorter memory of the gradients' size", beta2=0.9),
-    "now, EMA 0.98": now("a shorter average", ema=0.98),
-    "now, EMA 0.995": now("a longer one", ema=0.995),
-    "now, z of 32": now("fewer directions", "F, z of 32", nz=32),
-    "now, z of 128": now("more directions", "F, z of 128", nz=128),
-    "now, mapping": now("a hidden layer between z and G", "F, mapping", mapping=True),
-    "now, shift 1": now("D sees all moved by up to a pixel (DiffAugment 2020)", "F, shift 1", shift=1),
-    "now, noise 0.1": now("D's view smoothed (Arjovsky & Bottou 2017)", "F, noise 0.1", noise_D=0.1),
-    "now, z × 1.1": now("more variety at the price of precision", sample_scale=1.1),
+    "now, lazy 16": now("half as many penalties, twice as strong", "F, lazy 16", lazy=16, verdict="a tie"),
+    "now, no matching": now(
+        "what matching is worth", match=0.0, verdict="dropped: fewer read as asked, worse distance; best recall"
+    ),
+    "now, match 0.25": now("half of it", match=0.25, verdict="a tie"),
+    "now, match 1": now("twice as much", match=1.0, verdict="a tie"),
+    "now, R1 + R2 0.5": now("a stronger penalty", r1=0.5, r2=0.5, verdict="a tie"),
+    "now, R1 + R2 0.1": now("a weaker one", r1=0.1, r2=0.1, verdict="a tie"),
+    "now, R1 alone": now("what the penalty on fakes is worth", r2=0.0, lazy=4, verdict="a tie"),
+    "now, cross-entropy": now("what pairs are worth", loss="smooth", verdict="dropped: distance and recall"),
+    "now, hinge": now("hinge loss in their place", loss="hinge", verdict="dropped: distance and recall"),
+    "now, D kernel 3": now(
+        "D's dearest layer costs nine sixteenths", "F, D kernel 3", kernel=3, verdict="a tie, and 8 % faster"
+    ),
+    "now, G kernel 2": now("G's dearest layer costs a quarter", "F, G kernel 2", up=2, verdict="a tie"),
+    "now, narrow D": now("three quarters of D's maps", "F, narrow D", ndf=24, verdict="a tie, with more images"),
+    "now, wide 64": now("half of G's maps at 7×7", "F, wide 64", wide=64, verdict="a tie, and 10 % faster"),
+    "now, extra 7": now("a 3×3 convolution at 7×7", "F, extra 7", extra=7, verdict="dropped: distance"),
+    "now, batch 32": now("twice the updates again", "F, batch 32", batch_size=32, verdict="a tie"),
+    "now, batch 128": now(
+        "half the updates, better kernels", "F, batch 128", batch_size=128, verdict="dropped: recall"
+    ),
+    "now, batch doubles": now("quick at first, calm at the end", grow_batch=0.6, verdict="a tie"),
+    "now, rates 1e-3": now("slower", lr_G=1e-3, lr_D=1e-3, verdict="dropped: distance and recall"),
+    "now, rates 3e-3": now("faster still", lr_G=3e-3, lr_D=3e-3, verdict="open: a little better at two seeds"),
+    "now, lr_D 1e-3": now("a weaker D leaves more variety", lr_D=1e-3, verdict="dropped: recall"),
+    "now, tail from 0.3": now("a longer tail", tail_from=0.3, verdict="a tie"),
+    "now, tail from 0.7": now("a shorter one", tail_from=0.7, verdict="a tie"),
+    "now, cosine": now("falls from the start", tail="cosine", tail_from=0.0, verdict="a tie"),
+    "now, warm-up": now("the first steps are the wildest", warm_up=50, verdict="a tie"),
+    "now, beta2 0.9": now("a shorter memory of the gradients' size", beta2=0.9, verdict="a tie"),
+    "now, EMA 0.98": now("a shorter average", ema=0.98, verdict="a tie"),
+    "now, EMA 0.995": now("a longer one", ema=0.995, verdict="a tie"),
+    "now, z of 32": now("fewer directions", "F, z of 32", nz=32, verdict="dropped: recall, for precision"),
+    "now, z of 128": now("more directions", "F, z of 128", nz=128, verdict="open: better recall at two seeds"),
+    "now, mapping": now(
+        "a hidden layer between z and G", "F, mapping", mapping=True, verdict="dropped: distance and recall"
+    ),
+    "now, shift 1": now(
+        "D sees all moved by up to a pixel (DiffAugment 2020)",
+        "F, shift 1",
+        shift=1,
+        verdict="dropped: distance and recall",
+    ),
+    "now, noise 0.1": now("D's view smoothed (Arjovsky & Bottou 2017)", "F, noise 0.1", noise_D=0.1, verdict="a tie"),
+    "now, z × 1.1": now(
+        "more variety at the price of precision",
+        sample_scale=1.1,
+        verdict="open: better distance and recall, less precision; z is then wider than in training",
+    ),
     "B, pairs, R1 0.2, match 0.25": ON_B.but("half of it", **PAIRS, r1=0.2, match=0.25, verdict="dropped: a tie"),
     "B, pairs, R1 0.4, match": ON_B.but("a stronger penalty", **PAIRS, r1=0.4, match=0.5),
     "B, match": LIKE_B.but(
@@ -572,8 +591,9 @@ IDEAS: dict[str, Idea] = {
     ),
     "UB, pack 2": UB.but("D sees two images at once (PacGAN 2018)", pack=2),
     "FastDCGAN": Idea("the module's, as it is", own=True),
+    "FastDCGAN, on a GPU": Idea("the same in fp32 there", own=True, base="FastDCGAN", timed_as="FastDCGAN"),
     "FastDCGAN, bf16": Idea(
-        "the same in bf16", config={"precision": "bf16"}, own=True, base="FastDCGAN", timed_as="FastDCGAN"
+        "the same in bf16, on a GPU", config={"precision": "bf16"}, own=True, base="FastDCGAN", timed_as="FastDCGAN"
     ),
     "FastDCGAN, fp16": Idea(
         "the same in fp16 with scaled gradients, on a GPU",
@@ -595,10 +615,26 @@ def trial(name: str, seed: int, seconds: float) -> dict[str, Any]:
     clock = lambda: (gan.epoch * 60_000 + gan.position) / rate  # noqa: E731
     with mock.patch.object(du.time, "perf_counter", clock):
         gan.train(10_000, max_seconds=seconds, callbacks=[], data=data)
-    used = time.process_time() - started
-    images = gan.epoch * len(gan.images) + gan.position
-    kept = {"idea": name, "seed": seed, "seconds": seconds, "images": images, "cpu_seconds": round(used, 1)}
+    used = {"cpu_seconds": round(time.process_time() - started, 1)} if gan.device.type == "cpu" else {"device": "cuda"}
+    return {"idea": name, "seed": seed, "seconds": seconds, "images": images_seen(gan), **used} | score(gan)
+
+
+def by_the_clock(name: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Train for so many real seconds on two threads, in the precision that the CPU does well, and return the scores."""
+    torch.set_num_threads(2)
+    du.keep_memory()
+    fields = {"device": "cpu", "precision": "auto"}
+    idea = dataclasses.replace(IDEAS[name], config=IDEAS[name].config | fields)
+    idea.make(seed).train(1, max_seconds=1e9, callbacks=[du.StopAt(10)], data=idea.data())  # oneDNN chooses kernels
+    gan = idea.make(seed)
+    gan.train(10_000, max_seconds=seconds, callbacks=[], data=idea.data())
+    kept = {"idea": name, "seed": seed, "seconds": seconds, "numbers": gan.precision, "images": images_seen(gan)}
     return kept | score(gan)
+
+
+def images_seen(gan: du.FastDCGAN) -> int:
+    """Return how many images training has taken."""
+    return gan.epoch * len(gan.images) + gan.position
 
 
 def speed(name: str) -> float:
@@ -692,9 +728,10 @@ PREFACE = [
     "# Ideas tried for FastDCGAN", "",
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
-    "(rates.json), good to about ±5 %. Lines at 68, 118, 135 and 405 nominal seconds ran as 60, 120 and 360 by a "
-    "speed that was timed too high; they stand at what they really were. "
-    "Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
+    "(rates.json), good to about ±5 %. What is named *now, …*, *bf16*, *fp16* or *on a GPU*, and all at 360, was "
+    "trained on a GPU: a trial counts images, so the device changes rounding and random numbers only. Lines at 68, "
+    "118, 135 and 405 nominal seconds ran as 60, 120 and 360 by a speed that was timed too high; they stand at what "
+    "they really were. Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
     "compares the distance with the base's on the seeds that both have.", "",
 ]  # fmt: skip
 
@@ -721,8 +758,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--ideas", nargs="+", choices=list(IDEAS), default=list(IDEAS))
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--clock", action="store_true")
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    if options.clock:
+        for seed in options.seeds:
+            for name in options.ideas:
+                with CLOCK.open("a") as file:
+                    file.write(json.dumps(line := by_the_clock(name, seed, options.seconds)) + "\n")
+                print(line, flush=True)
+        return
     done = {(name, line["seed"], seconds) for (seconds, name), runs in kept_trials().items() for line in runs}
     for seed in options.seeds if not options.table else []:
         for name in options.ideas:

@@ -1487,8 +1487,7 @@ class Trainer:
         left = self.config.num_epochs - self.epoch if epochs is None else epochs
         self.last_epoch = self.epoch + max(0, left)
         self._clock, self._max_seconds, self._elapsed, self.stop_reason = time.perf_counter(), max_seconds, 0.0, None
-        self._graphs = IterationGraphs(self) if self._can_record() else None  # new: between two calls all may change
-        with stop_on_interrupt(self), self._own_stream():
+        with stop_on_interrupt(self), self._recording():
             self._tell(callbacks, "on_train_begin")
             try:
                 while self.epoch < self.last_epoch and not self.stop_reason:
@@ -1575,16 +1574,17 @@ class Trainer:
         return torch.stack([measured[name] for name in METRICS])
 
     @contextmanager
-    def _own_stream(self) -> Iterator[None]:
-        """Let a GPU train in a stream of its own: what the default one has begun cannot go into a CUDA graph."""
-        if self.device.type != "cuda":
-            yield
-            return
-        before, stream = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            yield
-        before.wait_stream(stream)
+    def _recording(self) -> Iterator[None]:
+        """Record and replay for as long as a call of `train` lasts: between two of them everything may change.
+
+        On a GPU in a stream of its own, since what the default one has begun cannot go into a CUDA graph.
+        """
+        self._graphs = IterationGraphs(self) if self._can_record() else None
+        try:
+            with own_stream(self.device):
+                yield
+        finally:
+            self._graphs = None
 
     def _can_record(self) -> bool:
         """Return whether iterations can become CUDA graphs: one GPU, networks that stay, an optimiser made for it."""
@@ -1998,6 +1998,25 @@ class IterationGraphs:
             if scale:
                 getattr(gan, name).load_state_dict(scale)
         torch.cuda.default_generators[gan.device.index or 0].graphsafe_set_state(torch.Generator(gan.device))
+
+
+@contextmanager
+def own_stream(device: torch.device) -> Iterator[None]:
+    """Work on a GPU in a stream beside the default one, after what was begun there, which then waits in its turn."""
+    if device.type != "cuda":
+        yield
+        return
+    before, stream = torch.cuda.current_stream(device), _stream_of(device)
+    stream.wait_stream(before)
+    with torch.cuda.stream(stream):
+        yield
+    before.wait_stream(stream)
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """Return a GPU's second stream, one for all: each keeps memory of its own."""
+    return torch.cuda.Stream(device)
 
 
 def live(value: float, place: float | Tensor | torch.device) -> float | Tensor:

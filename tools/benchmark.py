@@ -224,7 +224,9 @@ def table(results: dict) -> str:
             " / ".join(f"{reached[str(level)]:.0f}" if str(level) in reached else "–" for level in LEVELS),
         ]  # fmt: skip
         rows.append("| " + " | ".join(parts) + " |")
-    repeats, seconds = ({cell[name] for cell in results["recipes"].values()} for name in ("repeats", "seconds"))
+    cells = results["recipes"].values()
+    repeats = {len(cell[way]) for cell in cells for way in WAYS if cell.get(way)}
+    seconds = {cell["seconds"] for cell in cells}
     runs = f"{' or '.join(map(str, sorted(repeats)))} runs of {' or '.join(f'{s:g}' for s in sorted(seconds))} s each"
     return f"{results['machine']}; median of {runs}\n\n" + "\n".join(rows)
 
@@ -237,7 +239,7 @@ def compare(results: dict, options: argparse.Namespace) -> Iterator[None]:
     precision = du.pick_precision("auto", du.pick_device("auto"))
     for recipe in options.recipes:
         cell = results["recipes"].setdefault(recipe, {})
-        cell |= {"precision": precision, "repeats": options.repeats, "seconds": options.seconds}
+        cell |= {"precision": precision, "seconds": options.seconds}
         cell |= {way: [] for way in options.ways}
         for _ in range(options.repeats):
             for way in options.ways:

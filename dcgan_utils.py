@@ -934,7 +934,9 @@ class FromPoint(nn.ConvTranspose2d):
     """Open a point to a map of the kernel's side: a transposed convolution, as the matrix product that it is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, wide, k, k) for x (N, narrow, 1, 1), channels last."""
+        """Return (N, wide, k, k) for x (N, narrow, 1, 1), channels last; for larger x what the library makes of it."""
+        if x.shape[2:] != (1, 1):
+            return super().forward(x)
         pixels = x.flatten(1) @ self.weight.permute(0, 2, 3, 1).flatten(1)
         return pixels.unflatten(1, (*self.kernel_size, -1)).permute(0, 3, 1, 2)
 
@@ -943,7 +945,9 @@ class ToPoint(nn.Conv2d):
     """Close a map of the kernel's side to a point, likewise; libraries are slow, and some wrong in bf16, at 1×1."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (N, narrow, 1, 1) for x (N, wide, k, k)."""
+        """Return (N, narrow, 1, 1) for x (N, wide, k, k); for larger x what the library makes of it."""
+        if x.shape[2:] != self.kernel_size:
+            return super().forward(x)
         pixels, weight = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, self.weight))
         return (pixels @ weight.T)[:, :, None, None]
 

@@ -200,6 +200,26 @@ def test_the_deepest_layers_of_the_64x64_recipe_go_by_patches(monkeypatch):
         assert (mine - other).norm() < 1e-3 * other.norm()
 
 
+@pytest.mark.parametrize("weights_last", [False, True])
+@pytest.mark.parametrize(("kind", "theirs", "side"), [
+    (du.FromPoint, F.conv_transpose2d, 1), (du.FromPoint, F.conv_transpose2d, 2),
+    (du.ToPoint, F.conv2d, 4), (du.ToPoint, F.conv2d, 6),
+])  # fmt: skip
+def test_a_point_and_its_map_are_one_matrix_product(kind, theirs, side, weights_last, library):
+    torch.manual_seed(0)
+    layer = kind(6, 5, kernel_size=4, bias=False)
+    layer = layer.to(memory_format=LAST) if weights_last else layer
+    x = random(3, 6, side, side).contiguous(memory_format=LAST).requires_grad_()
+    found = []
+    for out in (layer(x), theirs(x, layer.weight)):
+        slopes = torch.autograd.grad(out.square().sum(), (x, layer.weight), create_graph=True)
+        found.append((out, *slopes, *torch.autograd.grad(slopes[0].square().sum(), layer.weight)))
+    for mine, other in zip(*found, strict=True):
+        assert mine.shape == other.shape
+        assert (mine - other).norm() < RELATIVE * other.norm()
+    assert bool(library) == (side in (2, 6))
+
+
 # ----------------------------------------------------------------------------------------------- dropout
 def kept_of(p):
     """Return how many of 65,536 draws keep a value."""

@@ -47,7 +47,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
@@ -227,7 +227,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "batch_norm_G": (True, False),
     "batch_norm_D": (True, False),
 }
-MACHINE = ("device", "precision", "compile", "cuda_graphs", "out_dir")  # `load` may change them, `reconfigure` may not
+MACHINE = ("device", "precision", "compile", "cuda_graphs", "out_dir")  # what `load` may change
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
 
 
@@ -1585,7 +1585,7 @@ class Trainer:
         """
         self._graphs = IterationGraphs(self) if self._can_record() else None
         try:
-            with own_stream(self.device):
+            with own_stream(self.device) if self._graphs else nullcontext():
                 yield
         finally:
             self._graphs = None
@@ -1605,7 +1605,7 @@ class Trainer:
         modes = tuple(
             module.training for network in (self.generator, self.discriminator) for module in network.modules()
         )
-        return self.config, self._penalty_is_due(), self._noise(), modes
+        return self.config, id(self.loss), self._penalty_is_due(), self._noise(), modes
 
     def _penalty_is_due(self) -> bool:
         """Return whether D's slope is penalised in this iteration."""
@@ -1642,7 +1642,8 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Return the context in which the networks compute in this device's precision."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None)
+        kept = self._graphs is None  # all threads share the cache, and what is cast while recording has no values
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None, cache_enabled=kept)
 
     def noisy(self, images: Tensor) -> Tensor:
         """Return what D sees: with Gaussian noise where the Config asks for it (Arjovsky & Bottou 2017, §3)."""
@@ -1946,10 +1947,13 @@ class IterationGraphs:
 
     def __init__(self, gan: Trainer) -> None:
         self.gan = gan
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
-        """Begin anew."""
+    def __deepcopy__(self, memo: dict) -> None:
+        """Leave a copied GAN without: graphs write into the tensors of the one that they were recorded from."""
+
+    def forget(self) -> None:
+        """Begin anew, as is due when the tensors that a graph writes into are replaced."""
         self.config, self.refused = self.gan.config, False
         self.seen: Counter[tuple] = Counter()
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list, Tensor]] = {}
@@ -1958,7 +1962,9 @@ class IterationGraphs:
     def play(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Take an iteration as `gan.play` does, and return its METRICS."""
         if self.gan.config is not self.config:  # what was recorded for the old one would only take memory
-            self._forget()
+            self.forget()
+        if not self.config.cuda_graphs:
+            return self.gan.play(batches)
         key = (self.gan.constants(), tuple(real.shape for real, _ in batches))
         self.seen[key] += 1
         if self.seen[key] >= 4 and key not in self.graphs and not self.refused:
@@ -1977,12 +1983,14 @@ class IterationGraphs:
         """Record an iteration, which takes no step: the graph, its batches' places and METRICS; or go on without."""
         places = [tuple(None if tensor is None else tensor.clone() for tensor in batch) for batch in batches]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:  # thread_local: other threads may draw samples meanwhile
+        try:  # thread_local: what other threads ask of the GPU meanwhile does not break it off
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 row = self.gan.play(places)
-        except RuntimeError as error:
+        except BaseException as error:
             self.refused = True
             self._clear_up()
+            if not isinstance(error, RuntimeError):
+                raise
             warnings.warn(
                 f"training goes on without CUDA graphs, several times slower: {str(error).splitlines()[0]}. A loss or "
                 "network that looks at values (.item(), if) cannot be recorded; cuda_graphs=False ends this warning",
@@ -2001,7 +2009,10 @@ class IterationGraphs:
             setattr(gan, name, torch.amp.GradScaler(gan.device.type, enabled=bool(scale)))
             if scale:
                 getattr(gan, name).load_state_dict(scale)
-        torch.cuda.default_generators[gan.device.index or 0].graphsafe_set_state(torch.Generator(gan.device))
+        index = torch.cuda.current_device() if gan.device.index is None else gan.device.index
+        fresh = torch.Generator(gan.device)
+        fresh.set_state(gan._rng["cuda"])  # where this iteration began; the old one waits for the recording for good
+        torch.cuda.default_generators[index].graphsafe_set_state(fresh)
 
 
 @contextmanager
@@ -2010,16 +2021,18 @@ def own_stream(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    before, stream = torch.cuda.current_stream(device), _stream_of(device)
+    before, stream = torch.cuda.current_stream(device), _stream_of(device, threading.get_ident())
     stream.wait_stream(before)
-    with torch.cuda.stream(stream):
-        yield
-    before.wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        before.wait_stream(stream)
 
 
 @functools.cache
-def _stream_of(device: torch.device) -> torch.cuda.Stream:
-    """Return a GPU's second stream, one for all: each keeps memory of its own."""
+def _stream_of(device: torch.device, thread: int) -> torch.cuda.Stream:
+    """Return a GPU's second stream, one for each thread: each keeps memory of its own, and records by itself."""
     return torch.cuda.Stream(device)
 
 
@@ -3911,6 +3924,8 @@ def restore(gan: Trainer, record: dict[str, Any], tensors: dict[str, Tensor]) ->
         gan._length = progress["length"]
         gan._sums |= record["sums"]  # an older record lacks some readings
         gan._rng = _part(tensors, "rng")
+        if gan._graphs:
+            gan._graphs.forget()
         if gan.rank:  # only the first process's random numbers were saved
             gan._rng = {"cpu": torch.Generator().manual_seed(gan.step + 1_000_003 * gan.rank).get_state()}
     except (KeyError, RuntimeError, TypeError) as error:

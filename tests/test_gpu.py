@@ -98,7 +98,7 @@ def test_replayed_iterations_are_those_that_would_have_been_taken(kind, data, re
     assert torch.equal(weights(gans[True].generator), weights(gans[False].generator))
     assert torch.equal(weights(gans[True].discriminator), weights(gans[False].discriminator))
     assert gans[True].history.batches == gans[False].history.batches
-    assert len({key[0][1] for key in recorder}) == (2 if penalty_every == 2 else 1)  # with the penalty, and without
+    assert len({key[0][2] for key in recorder}) == (2 if penalty_every == 2 else 1)  # with the penalty, and without
     assert len({key[0][0] for key in recorder}) == 2  # before and after the Config changed
     # of two epochs of 16 iterations; the first three of each kind are taken as they are
     assert len(recorder) == 32 - 3 * len(set(recorder))
@@ -214,6 +214,7 @@ def test_a_loss_that_looks_at_values_trains_all_the_same(precision, data, monkey
     with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
         gan.train(1, data=data, callbacks=[])
     assert gan.step == 16
+    assert torch.equal(gan._rng["cuda"], plain._rng["cuda"])  # the same noise from the same seed
     assert gan.history.batches["loss_D"] == pytest.approx(plain.history.batches["loss_D"], abs=0.3)
     graphs = Graphs()
     make(du.FastDCGAN, **settings).train(1, data=data, callbacks=[graphs])

@@ -10,6 +10,7 @@ grid.png, history.png and training.gif.
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,12 @@ class Keep(du.Callback):
         frame = du.plot_images(gan.fixed_samples(36), title(gan), columns=6)
         du.save_picture(frame, self.work / "frames" / f"{gan.step:07d}.png")
         now = gan.history.last()
-        print(title(gan), gan.history, f"diversity {now['diversity']:.2f}, distance {now['fid']:.2f}", flush=True)
+        print(
+            title(gan),
+            gan.history,
+            f"diversity {now['diversity']:.2f}, distance {now.get('fid', math.nan):.2f}",
+            flush=True,
+        )
 
 
 class StopAtTime(du.Callback):

@@ -75,7 +75,9 @@ def main() -> None:
         gan.train(callbacks=[du.JudgeSamples(), Keep(work), StopAtTime(min(end, time.monotonic() + options.slice))])
     gan._set_data("mnist")
     results.mkdir(parents=True, exist_ok=True)
-    (results / "history.json").write_text(json.dumps(gan.history.to_json(), default=float))
+    record = gan.history.to_json()
+    record["config"]["out_dir"] = work.relative_to(ROOT).as_posix()  # without the machine's own folders
+    (results / "history.json").write_text(json.dumps(record, default=float))
     scores = gan.evaluate()
     print(scores)
     (results / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

@@ -124,6 +124,7 @@ class Config:
     conditional: bool = False  # True: G and D see the label, and one chooses the digit
     num_classes: int = 10  # classes of a conditional recipe
     conditioning: str = "projection"  # how D sees the label: projection | matching | concatenation | auxiliary
+    matching_weight: float = 0.5  # of D's loss on wrong labels where it is matching (Reed et al. 2016, algorithm 1)
     # the run
     batch_size: int = 128  # both public recipes
     num_epochs: int = 30  # the recipe's README: sharp from epoch 16 on
@@ -203,7 +204,7 @@ class Config:
 
 _RANGES: dict[str, tuple[float, float]] = {
     "image_size": (16, 1024), "channels": (1, 16), "nz": (1, 4096), "ngf": (1, 1024), "ndf": (1, 1024),
-    "num_classes": (2, 1000), "pack": (1, 64),
+    "num_classes": (2, 1000), "matching_weight": (0, 100), "pack": (1, 64),
     "batch_size": (2, 65536), "num_epochs": (0, 100_000), "seed": (0, 2**31 - 1),
     "lr_G": (0, 1), "lr_D": (0, 1), "beta1": (0, 0.9999), "beta2": (0, 0.99999), "adam_eps": (1e-12, 1e-2),
     "d_steps": (0, 100), "g_steps": (0, 100), "gradient_penalty": (0, 10_000), "penalty_every": (1, 1000),
@@ -871,28 +872,94 @@ class PatchSum(torch.autograd.Function):
         return Patches.apply(slope, ctx.k)
 
 
-def as_patches(x: Tensor, weight: Tensor) -> bool:
-    """Return whether a product of patches beats the library's convolution: on a CPU, channels last, wide or grey.
+def quickest_way(x: Tensor, weight: Tensor) -> str:
+    """Return how a convolution of stride 2 is quickest here: "library", "product" of patches, or "slope".
 
-    Forward and backward, batch 128, two cores: 256 → 512 channels at 8×8 in bf16 with AMX 54 ms against 181, 128 → 256
-    at 16×16 76 against 93, 64 → 128 104 against 49; in float32 with AVX2 197 against 236, and 233 against 221.
+    The slope of the weights is what libraries are slowest at: as a product of patches it takes half the time or less.
+    Where channels are many, or the image is grey, that holds for all of the convolution. `python tools/benchmark.py
+    --layers` measures the ways. On a CPU with channels last only.
     """
-    narrow, wide = min(weight.shape[:2]), 128 if torch.is_autocast_enabled("cpu") else 256
-    chosen = (narrow == 1 or narrow >= wide) and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return chosen and x.is_contiguous(memory_format=torch.channels_last)
+    narrow, k = min(weight.shape[:2]), weight.shape[2]
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if x.device.type != "cpu" or not last or torch.compiler.is_compiling():
+        return "library"
+    return "product" if narrow == 1 or narrow >= 256 else "slope" if narrow * k**2 >= 1600 else "library"
 
 
-def half_precision(*tensors: Tensor) -> list[Tensor]:
+def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
     """Return tensors as autocast would give them to a convolution."""
     kind = tensors[0].device.type
-    return [t.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else t for t in tensors]
+    if not torch.is_autocast_enabled(kind):
+        return [*tensors]
+    return [t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+
+
+def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the library's convolution of stride 2, x padded by one pixel before and k - 3 after."""
+    if weight.shape[2] == 4:
+        return F.conv2d(x, weight, bias, stride=2, padding=1)
+    return F.conv2d(F.pad(x, (1, 2, 1, 2)), weight, bias, stride=2)
+
+
+def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the library's transposed convolution of stride 2, cropped by one pixel before and k - 3 after."""
+    if weight.shape[2] == 4:
+        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # a row of zeros more, and both ends are cropped alike
+        return F.conv_transpose2d(x, F.pad(weight, (1, 0, 1, 0)), bias, stride=2, padding=2)
+    full = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
+    # BatchNorm takes five times as long on the view that a crop leaves
+    return full[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
+
+
+class Halve(torch.autograd.Function):
+    """Do what `halve` does, and take the slope of the weights as one product of patches."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return (N, A, H/2, W/2) for x (N, B, H, W), weights (A, B, k, k) and a bias (A,)."""
+        ctx.save_for_backward(x, weight)
+        return halve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the derivatives, which can be derived again."""
+        (x, weight), (moves, learns, biased) = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            Double.apply(slope, weight) if moves else None,
+            weight_slope(slope, x, weight.shape[2]) if learns else None,
+            slope.sum(dim=(0, 2, 3)) if biased else None,
+        )
+
+
+class Double(torch.autograd.Function):
+    """Do what `double` does, likewise: it and `Halve` are each other's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Return (N, B, 2H, 2W) for x (N, A, H, W) and weights (A, B, k, k)."""
+        ctx.save_for_backward(x, weight)
+        return double(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the derivatives, which can be derived again."""
+        (x, weight), (moves, learns) = ctx.saved_tensors, ctx.needs_input_grad
+        moved = Halve.apply(slope, weight, None) if moves else None
+        return moved, weight_slope(x, slope, weight.shape[2]) if learns else None
+
+
+def weight_slope(small: Tensor, large: Tensor, k: int) -> Tensor:
+    """Return the slope (A, B, k, k) of weights between small (N, A, H, W) and large (N, B, 2H, 2W)."""
+    patches = Patches.apply(large.permute(0, 2, 3, 1), k).flatten(3).flatten(0, 2)
+    product = small.permute(0, 2, 3, 1).flatten(0, 2).T @ patches
+    return product.unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
 
 
 class Doubling(nn.ConvTranspose2d):
     """Double the side: a transposed convolution of stride 2, kernel 4 (Radford et al. 2015) or 5.
 
-    It crops one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does. PyTorch's padding crops both
-    ends alike, so it crops one there, and the last row and column are dropped here.
+    It crops one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does.
     """
 
     def __init__(self, wide: int, narrow: int, kernel_size: int = 4, bias: bool = False) -> None:
@@ -900,14 +967,14 @@ class Doubling(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
-        k, _ = self.kernel_size
-        if self.bias is None and as_patches(x, self.weight):
-            x, weight = half_precision(x, self.weight)
-            patches = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
-            return PatchSum.apply(patches.unflatten(-1, (k, k, -1))).permute(0, 3, 1, 2)
-        full = super().forward(x)
-        # BatchNorm takes five times as long on the view that a crop leaves
-        return full if k == 4 else full[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
+        way, k = quickest_way(x, self.weight), self.kernel_size[0]
+        if self.bias is not None or way == "library":
+            return double(x, self.weight, self.bias)
+        x, weight = half_precision(x, self.weight)
+        if way == "slope":
+            return Double.apply(x, weight)
+        patches = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
+        return PatchSum.apply(patches.unflatten(-1, (k, k, -1))).permute(0, 3, 1, 2)
 
 
 class Halving(nn.Conv2d):
@@ -921,13 +988,15 @@ class Halving(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, wide, H/2, W/2) for x (N, narrow, H, W)."""
-        k, _ = self.kernel_size
-        even = not (x.shape[2] % 2 or x.shape[3] % 2)
-        if even and as_patches(x, self.weight):
-            x, weight = half_precision(x, self.weight)
-            patches = Patches.apply(x.permute(0, 2, 3, 1), k).flatten(3)
-            return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
-        return super().forward(x if k == 4 else F.pad(x, (1, k - 3, 1, k - 3)))
+        way, k = quickest_way(x, self.weight), self.kernel_size[0]
+        odd = x.shape[2] % 2 or x.shape[3] % 2
+        if odd or way == "library":
+            return halve(x, self.weight, self.bias)
+        x, weight, bias = half_precision(x, self.weight, self.bias)
+        if way == "slope":
+            return Halve.apply(x, weight, bias)
+        patches = Patches.apply(x.permute(0, 2, 3, 1), k).flatten(3)
+        return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
 
 
 class FromPoint(nn.ConvTranspose2d):
@@ -965,7 +1034,9 @@ class FastDropout(nn.Dropout):
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         kept = min(max(1, round((1 - self.p) * 65536)), 65535)
-        words = torch.empty(math.ceil(x.numel() / 2), dtype=torch.int32).random_(-(2**31), 2**31 - 1)
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(
+            -(2**63), None
+        )  # whole words: no modulo
         draw = words.view(torch.int16)[: x.numel()]
         if x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4:
             draw = draw.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
@@ -1162,7 +1233,7 @@ def ask(
     """Return D's logits (N,) of images as it gets to see them, and what its reading of their classes costs.
 
     auxiliary: the cross-entropy of the class. matching, and only of `real` images: that a wrong label, drawn at random,
-    should stand below the right one; weighted ½ (Reed et al. 2016, algorithm 1).
+    should stand below the right one, times `matching_weight` (Reed et al. 2016, algorithm 1).
     """
     answers, way = network(gan.noisy(images), labels), gan.config.conditioning
     cost: Tensor | float = 0.0
@@ -1171,7 +1242,8 @@ def ask(
     elif answers.ndim == 2 and real:
         classes = answers[:, 1:].float()
         wrong = (labels + torch.randint_like(labels, 1, classes.shape[1])) % classes.shape[1]
-        cost = F.softplus(classes.gather(1, wrong[:, None]) - classes.gather(1, labels[:, None])).mean() / 2
+        lead = classes.gather(1, labels[:, None]) - classes.gather(1, wrong[:, None])
+        cost = gan.config.matching_weight * F.softplus(-lead).mean()
     return real_logit(answers), cost
 
 
@@ -1352,19 +1424,10 @@ class Trainer:
 
     def __init__(self, config: Config | None = None, **overrides: Any) -> None:
         self.config = self.resolve(config, **overrides)
-        self.check_image_size(self.config.image_size)
-        if max(self.config.channels, self.config.pack) > 1 and self.networks[1] in (
-            StableDiscriminator, ProgressiveDiscriminator,
-        ):  # fmt: skip
-            raise ValueError(f"{type(self).__name__} has grey images, judged one by one: channels and pack must be 1")
         self.device = pick_device(self.config.device)
         self.precision = pick_precision(self.config.precision, self.device)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        if self.config.batch_size % (self.world * self.config.pack):
-            raise ValueError(
-                f"batch_size = {self.config.batch_size} must be a multiple of the {self.world} processes"
-                + f" times pack = {self.config.pack}" * (self.config.pack > 1)
-            )
+        self._check_config()
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
             torch.default_generator.manual_seed(self.config.seed)
             self.generator = self._place(self.networks[0](self.config))
@@ -1407,6 +1470,19 @@ class Trainer:
             raise ValueError(
                 f"image_size = {size}: {cls.__name__} doubles twice, so it makes multiples of 4 from 16 on; "
                 f"the nearest are {max(16, size // 4 * 4)} and {size // 4 * 4 + 4}"
+            )
+
+    def _check_config(self) -> None:
+        """Raise ValueError where the Config does not fit the recipe's networks or the processes that share a batch."""
+        pack, batch_size = self.config.pack, self.config.batch_size
+        self.check_image_size(self.config.image_size)
+        grey = self.networks[1] in (StableDiscriminator, ProgressiveDiscriminator)
+        if grey and max(self.config.channels, pack) > 1:
+            raise ValueError(f"{type(self).__name__} has grey images, judged one by one: channels and pack must be 1")
+        if batch_size % (self.world * pack):
+            raise ValueError(
+                f"batch_size = {batch_size} must be a multiple of the {self.world} processes"
+                + f" times pack = {pack}" * (pack > 1)
             )
 
     def _place(self, network: nn.Module) -> nn.Module:

@@ -1,6 +1,7 @@
 """The benchmark: what it compares, how it counts, and the table it prints."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -99,3 +100,16 @@ def test_the_clock_leaves_out_the_warm_up(monkeypatch):
         now[0] += 5
         assert clock.count(128) == end
     assert clock.rate() == 256 / 10
+
+
+def test_layers_are_timed_in_each_way(monkeypatch):
+    """Every convolution of stride 2 that has a choice: what it is, a time for each way, and the one it takes."""
+    monkeypatch.setattr(du.StableDCGAN, "defaults", du.StableDCGAN.resolve(ngf=2, ndf=2, batch_size=2, device="cpu"))
+    lines = list(benchmark.layer_table(du.StableDCGAN, repeats=3))
+    assert [line.split(", kernel")[0] for line in lines] == [
+        "StableDCGAN SameConvTranspose2d 8 → 4 at 7×7", "StableDCGAN SameConvTranspose2d 4 → 2 at 14×14",
+        "StableDCGAN SameConv2d 1 → 2 at 28×28", "StableDCGAN SameConv2d 2 → 4 at 14×14",
+    ]  # fmt: skip
+    assert [line.split()[-1] for line in lines] == ["'library'", "'library'", "'product'", "'library'"]
+    for line in lines:
+        assert re.search(r"fp32: library [\d.]+, product [\d.]+, slope [\d.]+ ms", line)

@@ -19,6 +19,7 @@ RANGES = {  # field: the lowest and the highest value that is allowed, and one o
     "ngf": (1, 1024, 0, 1025),
     "ndf": (1, 1024, 0, 1025),
     "num_classes": (2, 1000, 1, 1001),
+    "matching_weight": (0, 100, -0.1, 101),
     "batch_size": (2, 65536, 1, 65537),
     "num_epochs": (0, 100_000, -1, 100_001),
     "seed": (0, 2**31 - 1, -1, 2**31),

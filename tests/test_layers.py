@@ -22,13 +22,13 @@ def random(*shape, seed=0, dtype=torch.float32):
 
 @pytest.fixture
 def library(monkeypatch):
-    """Count how often the library's convolutions are asked."""
+    """Note which of the library's convolutions are asked, and which slopes of weights are products of patches."""
     asked = []
-    for kind in (nn.Conv2d, nn.ConvTranspose2d):
-        theirs = kind.forward
-        monkeypatch.setattr(
-            kind, "forward", lambda self, *x, theirs=theirs: (asked.append(type(self)), theirs(self, *x))[1]
-        )
+    for place, name in ((nn.Conv2d, "forward"), (nn.ConvTranspose2d, "forward"), (du, "halve"), (du, "double")):
+        theirs = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *x, theirs=theirs, name=name: (asked.append(name), theirs(*x))[1])
+    slope = du.weight_slope
+    monkeypatch.setattr(du, "weight_slope", lambda *x: (asked.append("slope"), slope(*x))[1])
     return asked
 
 
@@ -92,19 +92,23 @@ def doubling(x, weight, bias=None):
 
 
 LAYERS = {"halve": (du.Halving, halving), "double": (du.Doubling, doubling)}
+OTHER = {"halve": "double", "double": "halve"}
 
 
 @pytest.mark.parametrize("weights_last", [False, True])
 @pytest.mark.parametrize("size", [(2, 2), (4, 6), (8, 8)])
 @pytest.mark.parametrize("k", [4, 5])
 @pytest.mark.parametrize(
-    ("name", "first", "second"),
+    ("name", "first", "second", "way"),
     [
-        ("halve", 256, 256), ("halve", 288, 256), ("halve", 256, 320), ("halve", 1, 3),
-        ("double", 256, 256), ("double", 288, 256), ("double", 256, 320), ("double", 3, 1),
+        ("halve", 256, 256, "product"), ("halve", 288, 256, "product"), ("halve", 256, 320, "product"),
+        ("halve", 1, 3, "product"), ("double", 256, 256, "product"), ("double", 288, 256, "product"),
+        ("double", 256, 320, "product"), ("double", 3, 1, "product"),
+        ("halve", 128, 128, "slope"), ("halve", 100, 300, "slope"), ("double", 128, 130, "slope"),
+        ("double", 256, 128, "slope"),
     ],
 )  # fmt: skip
-def test_wide_and_grey_layers_are_the_librarys_convolution(name, first, second, k, size, weights_last, library):
+def test_wide_and_grey_layers_are_the_librarys_convolution(name, first, second, way, k, size, weights_last, library):
     """Value, both gradients, and the gradient of a gradient, as a penalty on D's slope takes it."""
     make_layer, theirs = LAYERS[name]
     torch.manual_seed(0)
@@ -115,22 +119,23 @@ def test_wide_and_grey_layers_are_the_librarys_convolution(name, first, second, 
     found = []
     for function in (layer, lambda x: theirs(x, layer.weight, layer.bias)):
         out = function(x)
-        slopes = torch.autograd.grad(out.square().sum(), (x, layer.weight), create_graph=True)
+        slopes = torch.autograd.grad(out.square().sum(), (x, *layer.parameters()), create_graph=True)
         again = torch.autograd.grad(slopes[0].square().sum(), layer.weight)
         found.append((out, *slopes, *again))
     for mine, other in zip(*found, strict=True):
         assert mine.shape == other.shape
         assert (mine - other).norm() < RELATIVE * other.norm()
-    assert not library  # the layer did it by patches
+    assert library[:3] == ([] if way == "product" else [name, OTHER[name], "slope"])  # value, slopes of x, of weights
     assert found[0][0].is_contiguous(memory_format=LAST)
 
 
 @pytest.mark.parametrize(
     ("name", "shape", "kind"),
     [
-        ("halve", (255, 256), "last"), ("halve", (256, 255), "last"), ("halve", (256, 256), "plain"),
-        ("halve", (3, 256), "last"), ("double", (255, 256), "last"), ("double", (256, 255), "last"),
+        ("halve", (63, 256), "last"), ("halve", (256, 63), "last"), ("halve", (256, 256), "plain"),
+        ("halve", (3, 256), "last"), ("double", (63, 256), "last"), ("double", (256, 63), "last"),
         ("double", (256, 256), "plain"), ("double", (256, 256), "bias"), ("halve", (256, 256), "odd"),
+        ("double", (128, 128), "bias"), ("halve", (128, 128), "odd"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("k", [4, 5])
@@ -142,30 +147,35 @@ def test_other_layers_take_the_librarys_path(name, shape, kind, k, library):
     x = random(2, shape[0], *((5, 5) if kind == "odd" else (4, 4)))
     x = x if kind == "plain" else x.contiguous(memory_format=LAST)
     out = layer(x)
-    assert library == [type(layer)]
+    out.sum().backward()
+    assert library == [name]
     assert torch.allclose(out, theirs(x, layer.weight, layer.bias), atol=1e-6)
     assert k == 4 or kind == "plain" or out.is_contiguous(memory_format=LAST)
 
 
 def test_a_gpus_layers_are_the_librarys():
-    x, weight = torch.empty(2, 256, 4, 4, device="meta"), torch.empty(256, 256, 4, 4, device="meta")
-    x = x.contiguous(memory_format=LAST)
-    assert not du.as_patches(x, weight)
-    assert du.as_patches(torch.empty(2, 256, 4, 4).contiguous(memory_format=LAST), torch.empty(256, 256, 4, 4))
+    ways = []
+    for device in ("meta", "cpu"):
+        for width in (256, 128, 1, 64):
+            x, weight = torch.empty(2, width, 4, 4, device=device), torch.empty(256, width, 4, 4, device=device)
+            ways.append(du.quickest_way(x.contiguous(memory_format=LAST), weight))
+    assert ways == ["library"] * 4 + ["product", "slope", "product", "library"]
 
 
+@pytest.mark.parametrize("k", [4, 5])
+@pytest.mark.parametrize("width", [256, 128, 32])
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast_computes_them_in_half_precision(name, library):
+def test_autocast_computes_them_in_half_precision(name, width, k, library):
     make_layer, theirs = LAYERS[name]
     torch.manual_seed(0)
-    layer = make_layer(256, 256)
-    x = random(2, 256, 8, 8).contiguous(memory_format=LAST)
+    layer = make_layer(width, width, kernel_size=k)
+    x = random(2, width, 8, 8).contiguous(memory_format=LAST)
     exact = theirs(x, layer.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mine, other = layer(x), theirs(x, layer.weight)
         with torch.autocast("cpu", enabled=False):  # as the slope of D is measured
             whole = layer(x)
-    assert not library
+    assert library == ([] if width == 256 else [name, name])
     assert mine.dtype == other.dtype == torch.bfloat16
     assert whole.dtype == torch.float32
     assert (whole - exact).norm() < RELATIVE * exact.norm()
@@ -176,9 +186,9 @@ def test_autocast_computes_them_in_half_precision(name, library):
     assert layer.weight.grad.isfinite().all()
 
 
-def test_the_deepest_layers_of_the_64x64_recipe_go_by_patches(monkeypatch):
-    """512 ↔ 256 at 4×4 ↔ 8×8, once in G and once in D; and both networks say what they said without."""
-    chosen, choose = [], du.as_patches
+def test_the_deep_layers_of_the_64x64_recipe_go_by_patches(monkeypatch):
+    """512 ↔ 256 at 4×4 ↔ 8×8, once in G and once in D, of 256 ↔ 128 the slope; and both networks say what they did."""
+    chosen, choose = [], du.quickest_way
 
     def noted(x, weight):
         chosen.append((tuple(weight.shape[:2]), choose(x, weight)))
@@ -186,16 +196,16 @@ def test_the_deepest_layers_of_the_64x64_recipe_go_by_patches(monkeypatch):
 
     gan, found = du.DCGAN(device="cpu", precision="fp32"), []
     z, real = random(2, 100), random(2, 1, 64, 64, seed=1).contiguous(memory_format=LAST)
-    for function in (noted, lambda x, weight: False):
-        monkeypatch.setattr(du, "as_patches", function)
+    for function in (noted, lambda x, weight: "library"):
+        monkeypatch.setattr(du, "quickest_way", function)
         images = gan.generator.train()(z)
         found.append((images, gan.discriminator.train()(images), gan.discriminator(real)))
         slopes = du.slopes(gan.discriminator, real, None)
         found[-1] += (slopes, *torch.autograd.grad(slopes.sum(), gan.discriminator.layers[8].weight))
-    taken = [shape for shape, patches in chosen if patches]
+    taken = [(shape, way) for shape, way in chosen if way != "library"]
     assert gan.discriminator.layers[8].weight.shape == (512, 256, 4, 4)
-    wide, grey = (512, 256), (64, 1)  # G's convT 512 → 256; D's first and last halving, four times each
-    assert taken == [wide, *[grey, wide] * 3]
+    wide, middle, grey = ((512, 256), "product"), ((256, 128), "slope"), ((64, 1), "product")
+    assert taken == [wide, middle, grey, *[grey, middle, wide] * 3]  # G's, whose last has a bias; D's, three times
     for mine, other in zip(*found, strict=True):
         assert (mine - other).norm() < 1e-3 * other.norm()
 

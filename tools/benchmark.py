@@ -2,6 +2,7 @@
 
     python tools/benchmark.py                # about half an hour; results/benchmark/cpu.json or gpu.json and the table
     python tools/benchmark.py --recipes fast --ways ours --repeats 1 --seconds 5 --quality 0  # what else is there stays
+    python tools/benchmark.py --layers       # milliseconds of each convolution of stride 2 in each of its ways
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -180,6 +182,48 @@ def quality(kind: type[du.GAN], seconds: float) -> dict[int, float]:
     return levels.reached
 
 
+def strided_layers(kind: type[du.GAN]) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield those of a recipe's convolutions that have a choice, each with an input as it gets it."""
+    gan, shapes = kind(), {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep the shape of a layer's input."""
+        shapes[layer] = inputs[0].shape
+
+    for layer in [*gan.generator.modules(), *gan.discriminator.modules()]:
+        if isinstance(layer, du.Halving) or (isinstance(layer, du.Doubling) and layer.bias is None):
+            layer.register_forward_pre_hook(note)
+    z = torch.randn(gan.config.batch_size, gan.config.nz, device=gan.device)
+    labels = torch.arange(len(z), device=gan.device) % 10
+    gan.discriminator(gan.generator(z, labels), labels)
+    for layer, shape in shapes.items():
+        x = torch.randn(shape, device=gan.device).contiguous(memory_format=torch.channels_last)
+        yield layer, x.requires_grad_()
+
+
+def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
+    """Yield lines: milliseconds, forward and backward, of each layer in each way; the ways take turns."""
+    gan = kind()
+    for layer, x in strided_layers(kind):
+        times: dict[str, list[float]] = {way: [] for way in ("library", "product", "slope")}
+        with gan.autocast():
+            chosen = du.quickest_way(x, layer.weight)
+        for _ in range(repeats):
+            for way, taken in times.items():
+                start = time.perf_counter()
+                with mock.patch.object(du, "quickest_way", lambda *_, way=way: way), gan.autocast():
+                    out = layer(x)
+                torch.autograd.grad(out, (x, layer.weight), torch.ones_like(out))
+                if gan.device.type == "cuda":
+                    torch.cuda.synchronize()
+                taken.append(1000 * (time.perf_counter() - start))
+        middles = ", ".join(f"{way} {statistics.median(taken[2:]):.1f}" for way, taken in times.items())
+        what = (
+            f"{kind.__name__} {type(layer).__name__} {x.shape[1]} → {len(layer(x[:1])[0])} at {x.shape[2]}×{x.shape[2]}"
+        )
+        yield f"{what}, kernel {layer.kernel_size[0]}, {gan.precision}: {middles} ms; it takes {chosen!r}"
+
+
 def machine() -> str:
     """Describe what it ran on, without naming it."""
     device = du.pick_device("auto")
@@ -275,7 +319,12 @@ def main() -> None:
     parser.add_argument(
         "--measure", choices=(*WAYS, "quality"), help=argparse.SUPPRESS
     )  # one measurement, in its own process
+    parser.add_argument("--layers", action="store_true", help="time the convolutions of stride 2 alone")
     options = parser.parse_args()
+    if options.layers:
+        du.keep_memory()
+        print(machine(), *(line for recipe in options.recipes for line in layer_table(du.RECIPES[recipe])), sep="\n")
+        return
     if options.measure:
         kind = du.RECIPES[options.recipes[0]]
         good = options.measure == "quality"

@@ -216,10 +216,11 @@ def test_configure_checks_the_values_too():
             du.FastDCGAN,
             {
                 "batch_size": 64, "image_size": 28, "nz": 64, "ngf": 32, "ndf": 32, "optimizer": "adam",
-                "lr_G": 2e-3, "lr_D": 2e-3, "beta1": 0.0, "beta2": 0.99, "lr_schedule": "linear_tail",
-                "num_epochs": 6, "ema": 0.99, "conditional": True, "conditioning": "matching", "loss": "relativistic",
-                "gradient_penalty": 0.2, "penalty_every": 8, "batch_norm_D": False, "batch_norm_G": True,
-                "channels": 1, "pack": 1, "start_at_background": True, "dropout_D": 0.0, "dropout_G": 0.0,
+                "lr_G": 3e-3, "lr_D": 3e-3, "beta1": 0.0, "beta2": 0.99, "lr_schedule": "linear_tail",
+                "num_epochs": 6, "ema": 0.99, "conditional": True, "conditioning": "matching", "matching_weight": 0.15,
+                "loss": "relativistic", "gradient_penalty": 0.2, "penalty_every": 8, "batch_norm_D": False,
+                "batch_norm_G": True, "channels": 1, "pack": 1, "start_at_background": True, "dropout_D": 0.0,
+                "dropout_G": 0.0,
             },
         ),
         (
@@ -263,11 +264,11 @@ def test_a_pack_has_no_one_label():
 
 def test_the_label_free_fast_recipe_is_the_same_but_for_the_labels():
     free = du.FastDCGAN.resolve(conditional=False)
-    assert (free.conditional, free.lr_G, free.lr_D, free.beta2, free.ema) == (False, 2e-3, 2e-3, 0.99, 0.99)
+    assert (free.conditional, free.lr_G, free.lr_D, free.beta2, free.ema) == (False, 3e-3, 3e-3, 0.99, 0.99)
     assert (free.loss, free.gradient_penalty, free.penalty_every, free.batch_norm_D) == ("relativistic", 0.2, 8, False)
     assert dataclasses.replace(free, conditional=True) == du.FastDCGAN.resolve() == du.FastDCGAN.defaults
-    told = du.FastDCGAN.resolve(conditional=False, lr_G=3e-3)
-    assert (told.lr_G, told.lr_D) == (3e-3, 2e-3)
+    told = du.FastDCGAN.resolve(conditional=False, lr_G=2e-3)
+    assert (told.lr_G, told.lr_D) == (2e-3, 3e-3)
 
 
 def test_a_recipe_takes_a_config_and_overrides():

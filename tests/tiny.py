@@ -17,7 +17,7 @@ TINY = {
 RECIPES = list(TINY)
 BCE = {  # FastDCGAN with cross-entropy, smoothed labels and BatchNorm in D
     "loss": "bce", "gradient_penalty": 0.0, "penalty_every": 1, "batch_norm_D": True, "conditioning": "projection",
-    "beta1": 0.5, "real_label_smooth": 0.9, "fake_label_smooth": 0.0,
+    "beta1": 0.5, "lr_G": 2e-3, "lr_D": 2e-3, "real_label_smooth": 0.9, "fake_label_smooth": 0.0,
 }  # fmt: skip
 
 

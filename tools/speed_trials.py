@@ -9,8 +9,8 @@ measured once, both in turns, and kept; an idea is then given the images that it
 not depend on what else the machine does, and a seed gives the same trial again. Every trial is a line in
 results/speed/trials.jsonl: idea, seed, images seen, scores of 10,000 samples by the judge. L and U are the two rough
 recipes that FastDCGAN has to beat; their networks are written out here, so that they stay what they were when
-FastDCGAN changes. B and F are stations on the way to FastDCGAN, which is *F, beta1 0*; everything else is one of them
-with what the idea's name says.
+FastDCGAN changes. B, F and N are stations on the way to FastDCGAN, which is *N, rates 3e-3, match 0.15*; everything
+else is one of them with what the idea's name says.
 """
 
 import argparse
@@ -71,9 +71,8 @@ class Knobs:
     warm_up: int = 0  # batches over which the rates rise from 0
     grow_batch: float = 0.0  # share of the time after which the batch doubles
     free_share: float = 0.0  # share of each loss that judges without the label
-    match: float = (
-        0.0  # weight of D's loss on real digits that claim to be another one (matching-aware, Reed et al. 2016)
-    )
+    match: float = 0.0  # weight of D's loss on real digits that claim to be another one (Reed et al. 2016)
+    match_fades: bool = False  # that weight falls as the rates do
     sample_scale: float = 1.0  # z is stretched so much when sampling
     styles: int = 1  # clusters within each class (of all digits, where there are no labels) that stand as labels
 
@@ -264,7 +263,8 @@ class TrialGAN(du.FastDCGAN):
             for weight, images in ((self.knobs.r1, real), (self.knobs.r2, self.fake_now.detach())):
                 loss = loss + (weight * self.knobs.lazy / 2 * self.penalty(images, labels) if weight else 0)
         if player == "D" and self.knobs.match:
-            loss = loss + self.knobs.match * self.discriminator.wrongs[0]
+            over = max(0.0, (self.share() - 0.5) / 0.5) if self.knobs.match_fades else 0.0
+            loss = loss + self.knobs.match * (1 - over) * self.discriminator.wrongs[0]
         return super().update(player, loss)
 
     def penalty(self, images: Tensor, labels: Tensor | None) -> Tensor:
@@ -374,14 +374,16 @@ F_ = ON_B.but(
 F_ = dataclasses.replace(F_, timed_as="")
 ON_F = dataclasses.replace(F_, base="F", verdict="not tried")  # ideas on top of F
 LIKE_F = dataclasses.replace(ON_F, timed_as="F")
-ON_NOW = ON_F.but("", beta1=0.0, base="FastDCGAN, bf16")  # ideas on top of FastDCGAN as it is, also run on a GPU
+ON_N = ON_F.but("", beta1=0.0, base="N, bf16")  # ideas on top of N, also run on a GPU
 
 
-def now(why: str, timed_as: str = "F", **changes: Any) -> Idea:
-    """Return an idea on top of FastDCGAN as it is; `timed_as` had the same change with momentum, or costs the same."""
-    return ON_NOW.but(why, timed_as=timed_as, **changes)
+def on_n(why: str, timed_as: str = "F", **changes: Any) -> Idea:
+    """Return an idea on top of N; `timed_as` had the same change with momentum, or costs the same."""
+    return ON_N.but(why, timed_as=timed_as, **changes)
 
 
+SLOWER = {"lr_G": 2e-3, "lr_D": 2e-3, "matching_weight": 0.5}  # what FastDCGAN was
+FASTER = {"lr_G": 3e-3, "lr_D": 3e-3}
 UB = U.but("B's batch and G", batch_size=64, narrow=32, verdict="not tried")
 UB_PENALISED = {"init": "he", "batch_norm_D": False, "r1": 0.2, "lr_G": 2e-3, "lr_D": 2e-3}
 IDEAS: dict[str, Idea] = {
@@ -458,7 +460,7 @@ IDEAS: dict[str, Idea] = {
     "F, tail from 0.3": LIKE_F.but("a longer tail", tail_from=0.3),
     "F, tail from 0.7": LIKE_F.but("a shorter one", tail_from=0.7, verdict="dropped: within F's spread"),
     "F, cosine": LIKE_F.but("falls from the start", tail="cosine", tail_from=0.0),
-    "F, beta1 0": LIKE_F.but("no momentum, as R3GAN", beta1=0.0, verdict="kept: FastDCGAN"),
+    "F, beta1 0": LIKE_F.but("no momentum, as R3GAN", beta1=0.0, verdict="kept: N"),
     "F, beta1 0, rates 3e-3": LIKE_F.but("and faster", beta1=0.0, lr_G=3e-3, lr_D=3e-3),
     "F, beta1 0, no matching": LIKE_F.but("what matching is worth then", beta1=0.0, match=0.0),
     "F, beta2 0.9": LIKE_F.but("a shorter memory of the gradients' size", beta2=0.9),
@@ -474,55 +476,79 @@ IDEAS: dict[str, Idea] = {
     "F, noise 0.1": ON_F.but("D's view smoothed (Arjovsky & Bottou 2017)", noise_D=0.1),
     "F, warm-up": LIKE_F.but("the first steps are the wildest", warm_up=50),
     "F, batch doubles": LIKE_F.but("quick at first, calm at the end", grow_batch=0.6),
-    "now, lazy 16": now("half as many penalties, twice as strong", "F, lazy 16", lazy=16, verdict="a tie"),
-    "now, no matching": now(
+    "N, lazy 16": on_n("half as many penalties, twice as strong", "F, lazy 16", lazy=16, verdict="a tie"),
+    "N, no matching": on_n(
         "what matching is worth", match=0.0, verdict="dropped: fewer read as asked, worse distance; best recall"
     ),
-    "now, match 0.25": now("half of it", match=0.25, verdict="a tie"),
-    "now, match 1": now("twice as much", match=1.0, verdict="a tie"),
-    "now, R1 + R2 0.5": now("a stronger penalty", r1=0.5, r2=0.5, verdict="a tie"),
-    "now, R1 + R2 0.1": now("a weaker one", r1=0.1, r2=0.1, verdict="a tie"),
-    "now, R1 alone": now("what the penalty on fakes is worth", r2=0.0, lazy=4, verdict="a tie"),
-    "now, cross-entropy": now("what pairs are worth", loss="smooth", verdict="dropped: distance and recall"),
-    "now, hinge": now("hinge loss in their place", loss="hinge", verdict="dropped: distance and recall"),
-    "now, D kernel 3": now(
+    "N, match 0.25": on_n("half of it", match=0.25, verdict="a tie"),
+    "N, match 1": on_n("twice as much", match=1.0, verdict="a tie"),
+    "N, R1 + R2 0.5": on_n("a stronger penalty", r1=0.5, r2=0.5, verdict="a tie"),
+    "N, R1 + R2 0.1": on_n("a weaker one", r1=0.1, r2=0.1, verdict="a tie"),
+    "N, R1 alone": on_n("what the penalty on fakes is worth", r2=0.0, lazy=4, verdict="a tie"),
+    "N, cross-entropy": on_n("what pairs are worth", loss="smooth", verdict="dropped: distance and recall"),
+    "N, hinge": on_n("hinge loss in their place", loss="hinge", verdict="dropped: distance and recall"),
+    "N, D kernel 3": on_n(
         "D's dearest layer costs nine sixteenths", "F, D kernel 3", kernel=3, verdict="a tie, and 8 % faster"
     ),
-    "now, G kernel 2": now("G's dearest layer costs a quarter", "F, G kernel 2", up=2, verdict="a tie"),
-    "now, narrow D": now("three quarters of D's maps", "F, narrow D", ndf=24, verdict="a tie, with more images"),
-    "now, wide 64": now("half of G's maps at 7×7", "F, wide 64", wide=64, verdict="a tie, and 10 % faster"),
-    "now, extra 7": now("a 3×3 convolution at 7×7", "F, extra 7", extra=7, verdict="dropped: distance"),
-    "now, batch 32": now("twice the updates again", "F, batch 32", batch_size=32, verdict="a tie"),
-    "now, batch 128": now(
-        "half the updates, better kernels", "F, batch 128", batch_size=128, verdict="dropped: recall"
-    ),
-    "now, batch doubles": now("quick at first, calm at the end", grow_batch=0.6, verdict="a tie"),
-    "now, rates 1e-3": now("slower", lr_G=1e-3, lr_D=1e-3, verdict="dropped: distance and recall"),
-    "now, rates 3e-3": now("faster still", lr_G=3e-3, lr_D=3e-3, verdict="open: a little better at two seeds"),
-    "now, lr_D 1e-3": now("a weaker D leaves more variety", lr_D=1e-3, verdict="dropped: recall"),
-    "now, tail from 0.3": now("a longer tail", tail_from=0.3, verdict="a tie"),
-    "now, tail from 0.7": now("a shorter one", tail_from=0.7, verdict="a tie"),
-    "now, cosine": now("falls from the start", tail="cosine", tail_from=0.0, verdict="a tie"),
-    "now, warm-up": now("the first steps are the wildest", warm_up=50, verdict="a tie"),
-    "now, beta2 0.9": now("a shorter memory of the gradients' size", beta2=0.9, verdict="a tie"),
-    "now, EMA 0.98": now("a shorter average", ema=0.98, verdict="a tie"),
-    "now, EMA 0.995": now("a longer one", ema=0.995, verdict="a tie"),
-    "now, z of 32": now("fewer directions", "F, z of 32", nz=32, verdict="dropped: recall, for precision"),
-    "now, z of 128": now("more directions", "F, z of 128", nz=128, verdict="open: better recall at two seeds"),
-    "now, mapping": now(
+    "N, G kernel 2": on_n("G's dearest layer costs a quarter", "F, G kernel 2", up=2, verdict="a tie"),
+    "N, narrow D": on_n("three quarters of D's maps", "F, narrow D", ndf=24, verdict="a tie, with more images"),
+    "N, wide 64": on_n("half of G's maps at 7×7", "F, wide 64", wide=64, verdict="a tie, and 10 % faster"),
+    "N, extra 7": on_n("a 3×3 convolution at 7×7", "F, extra 7", extra=7, verdict="dropped: distance"),
+    "N, batch 32": on_n("twice the updates again", "F, batch 32", batch_size=32, verdict="a tie"),
+    "N, batch 128": on_n("half the updates, better kernels", "F, batch 128", batch_size=128, verdict="dropped: recall"),
+    "N, batch doubles": on_n("quick at first, calm at the end", grow_batch=0.6, verdict="a tie"),
+    "N, rates 1e-3": on_n("slower", lr_G=1e-3, lr_D=1e-3, verdict="dropped: distance and recall"),
+    "N, rates 3e-3": on_n("faster still", lr_G=3e-3, lr_D=3e-3, verdict="open: a little better at two seeds"),
+    "N, lr_D 1e-3": on_n("a weaker D leaves more variety", lr_D=1e-3, verdict="dropped: recall"),
+    "N, tail from 0.3": on_n("a longer tail", tail_from=0.3, verdict="a tie"),
+    "N, tail from 0.7": on_n("a shorter one", tail_from=0.7, verdict="a tie"),
+    "N, cosine": on_n("falls from the start", tail="cosine", tail_from=0.0, verdict="a tie"),
+    "N, warm-up": on_n("the first steps are the wildest", warm_up=50, verdict="a tie"),
+    "N, beta2 0.9": on_n("a shorter memory of the gradients' size", beta2=0.9, verdict="a tie"),
+    "N, EMA 0.98": on_n("a shorter average", ema=0.98, verdict="a tie"),
+    "N, EMA 0.995": on_n("a longer one", ema=0.995, verdict="a tie"),
+    "N, z of 32": on_n("fewer directions", "F, z of 32", nz=32, verdict="dropped: recall, for precision"),
+    "N, z of 128": on_n("more directions", "F, z of 128", nz=128, verdict="open: better recall at two seeds"),
+    "N, mapping": on_n(
         "a hidden layer between z and G", "F, mapping", mapping=True, verdict="dropped: distance and recall"
     ),
-    "now, shift 1": now(
+    "N, shift 1": on_n(
         "D sees all moved by up to a pixel (DiffAugment 2020)",
         "F, shift 1",
         shift=1,
         verdict="dropped: distance and recall",
     ),
-    "now, noise 0.1": now("D's view smoothed (Arjovsky & Bottou 2017)", "F, noise 0.1", noise_D=0.1, verdict="a tie"),
-    "now, z × 1.1": now(
+    "N, noise 0.1": on_n("D's view smoothed (Arjovsky & Bottou 2017)", "F, noise 0.1", noise_D=0.1, verdict="a tie"),
+    "N, z × 1.1": on_n(
         "more variety at the price of precision",
         sample_scale=1.1,
         verdict="open: better distance and recall, less precision; z is then wider than in training",
+    ),
+    "N, rates 3e-3, z of 128": on_n("both open ones", nz=128, **FASTER, verdict="dropped: less matching does more"),
+    "N, rates 3e-3, wide 64": on_n("and 10 % faster", wide=64, **FASTER, verdict="dropped: likewise"),
+    "N, rates 3e-3, z of 128, wide 64": on_n("all three", nz=128, wide=64, **FASTER, verdict="dropped: likewise"),
+    "N, z of 128, wide 64": on_n("two of them", nz=128, wide=64, verdict="dropped: distance"),
+    "N, match 0.15": on_n("a third of it", match=0.15, verdict="open: more recall, a little less precision"),
+    "N, match 0.1": on_n("a fifth of it", match=0.1, verdict="open: more recall, fewer read as asked"),
+    "N, match fades": on_n("it falls as the rates do", match_fades=True, verdict="open: some recall"),
+    "N, z of 128, match 0.1": on_n("with more directions", nz=128, match=0.1, verdict="dropped: fewer read as asked"),
+    "N, rates 3e-3, match 0.15": on_n(
+        "faster, and a third of it", match=0.15, **FASTER, verdict="kept: FastDCGAN; recall and distance"
+    ),
+    "N, rates 3e-3, match 0.1": on_n(
+        "faster, and a fifth of it", match=0.1, **FASTER, verdict="dropped: fewer than 99 % read as asked"
+    ),
+    "N, rates 3e-3, z of 128, match 0.1": on_n(
+        "and more directions", nz=128, match=0.1, **FASTER, verdict="dropped: a tie with z of 64"
+    ),
+    "N, rates 3e-3, z of 128, match 0.05": on_n(
+        "a tenth of it", nz=128, match=0.05, **FASTER, verdict="dropped: best recall, fewer read as asked"
+    ),
+    "N, lr_D 4e-3": on_n("a stronger D asks for more variety", lr_D=4e-3, verdict="open: some recall, nothing lost"),
+    "N, lr_D 6e-3": on_n("stronger still", lr_D=6e-3, verdict="dropped: distance and precision"),
+    "N, lr_D 4e-3, match 0.25": on_n("with less matching", lr_D=4e-3, match=0.25, verdict="open: much like the kept"),
+    "N, lr_D 4e-3, lr_G 3e-3, match 0.25": on_n(
+        "and a faster G", lr_D=4e-3, lr_G=3e-3, match=0.25, verdict="dropped: distance and precision"
     ),
     "B, pairs, R1 0.2, match 0.25": ON_B.but("half of it", **PAIRS, r1=0.2, match=0.25, verdict="dropped: a tie"),
     "B, pairs, R1 0.4, match": ON_B.but("a stronger penalty", **PAIRS, r1=0.4, match=0.5),
@@ -590,18 +616,26 @@ IDEAS: dict[str, Idea] = {
         verdict="kept: the label-free FastDCGAN, but for its last layer",
     ),
     "UB, pack 2": UB.but("D sees two images at once (PacGAN 2018)", pack=2),
-    "FastDCGAN": Idea("the module's, as it is", own=True),
-    "FastDCGAN, on a GPU": Idea("the same in fp32 there", own=True, base="FastDCGAN", timed_as="FastDCGAN"),
-    "FastDCGAN, bf16": Idea(
-        "the same in bf16, on a GPU", config={"precision": "bf16"}, own=True, base="FastDCGAN", timed_as="FastDCGAN"
+    "N": Idea("the module's before rates 3e-3 and match 0.15", config=SLOWER, own=True, timed_as="FastDCGAN"),
+    "N, on a GPU": Idea("the same in fp32 there", config=SLOWER, own=True, base="N", timed_as="FastDCGAN"),
+    "N, bf16": Idea(
+        "the same in bf16, on a GPU", config=SLOWER | {"precision": "bf16"}, own=True, base="N", timed_as="FastDCGAN"
     ),
-    "FastDCGAN, fp16": Idea(
+    "N, fp16": Idea(
         "the same in fp16 with scaled gradients, on a GPU",
-        config={"precision": "fp16"},
+        config=SLOWER | {"precision": "fp16"},
         own=True,
-        base="FastDCGAN",
+        base="N",
         timed_as="FastDCGAN",
     ),
+    "N, label-free": Idea(
+        "the module's before rates 3e-3",
+        config=SLOWER | {"conditional": False},
+        own=True,
+        base="U",
+        timed_as="FastDCGAN, label-free",
+    ),
+    "FastDCGAN": Idea("the module's, as it is", own=True),
     "FastDCGAN, label-free": Idea("the module's, as it is", config={"conditional": False}, own=True, base="U"),
 }
 
@@ -728,7 +762,7 @@ PREFACE = [
     "# Ideas tried for FastDCGAN", "",
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
-    "(rates.json), good to about ±5 %. What is named *now, …*, *bf16*, *fp16* or *on a GPU*, and all at 360, was "
+    "(rates.json), good to about ±5 %. What is named *N, …*, *bf16*, *fp16* or *on a GPU*, and all at 360, was "
     "trained on a GPU: a trial counts images, so the device changes rounding and random numbers only. Lines at 68, "
     "118, 135 and 405 nominal seconds ran as 60, 120 and 360 by a speed that was timed too high; they stand at what "
     "they really were. Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "

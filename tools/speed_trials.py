@@ -762,8 +762,9 @@ PREFACE = [
     "# Ideas tried for FastDCGAN", "",
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
-    "(rates.json), good to about ±5 %. What is named *N, …*, *bf16*, *fp16* or *on a GPU*, and all at 360, was "
-    "trained on a GPU: a trial counts images, so the device changes rounding and random numbers only. Lines at 68, "
+    "(rates.json), good to about ±5 %. Lines of trials.jsonl that name a `device` were trained on a GPU (33 of the "
+    "ideas *N, …*, and all at 360 but FastDCGAN): a trial counts images, so the device changes rounding and random "
+    "numbers only. The other ideas *N, …* saw as many images as N, whatever their speed. Lines at 68, "
     "118, 135 and 405 nominal seconds ran as 60, 120 and 360 by a speed that was timed too high; they stand at what "
     "they really were. Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "
     "compares the distance with the base's on the seeds that both have.", "",

@@ -875,15 +875,15 @@ class PatchSum(torch.autograd.Function):
 def quickest_way(x: Tensor, weight: Tensor) -> str:
     """Return how a convolution of stride 2 is quickest here: "library", "product" of patches, or "slope".
 
-    The slope of the weights is what libraries are slowest at: as a product of patches it takes half the time or less.
-    Where channels are many, or the image is grey, that holds for all of the convolution. `python tools/benchmark.py
-    --layers` measures the ways. On a CPU with channels last only.
+    The slope of the weights is what libraries are slowest at, so it alone is a product of patches, and all of the
+    convolution where channels are many or the image is grey. On a CPU with channels last only; `python
+    tools/benchmark.py --layers` times every way.
     """
     narrow, k = min(weight.shape[:2]), weight.shape[2]
     last = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type != "cpu" or not last or torch.compiler.is_compiling():
         return "library"
-    return "product" if narrow == 1 or narrow >= 256 else "slope" if narrow * k**2 >= 1600 else "library"
+    return "product" if narrow == 1 or narrow * k**2 >= 3200 else "slope" if narrow * k**2 >= 1600 else "library"
 
 
 def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -951,9 +951,11 @@ class Double(torch.autograd.Function):
 
 def weight_slope(small: Tensor, large: Tensor, k: int) -> Tensor:
     """Return the slope (A, B, k, k) of weights between small (N, A, H, W) and large (N, B, 2H, 2W)."""
-    patches = Patches.apply(large.permute(0, 2, 3, 1), k).flatten(3).flatten(0, 2)
-    product = small.permute(0, 2, 3, 1).flatten(0, 2).T @ patches
-    return product.unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
+    products = []
+    for pixels, image in zip(small.split(32), large.split(32), strict=True):  # patches of all at once would fill memory
+        patches = Patches.apply(image.permute(0, 2, 3, 1), k).flatten(3).flatten(0, 2)
+        products.append(pixels.permute(0, 2, 3, 1).flatten(0, 2).T @ patches)
+    return torch.stack(products).sum(dim=0).unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
 
 
 class Doubling(nn.ConvTranspose2d):
@@ -1034,9 +1036,8 @@ class FastDropout(nn.Dropout):
         if not self.training or not self.p or x.device.type != "cpu":
             return super().forward(x)
         kept = min(max(1, round((1 - self.p) * 65536)), 65535)
-        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(
-            -(2**63), None
-        )  # whole words: no modulo
+        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
+        words.random_(-(2**63), None)  # whole words, which needs no division
         draw = words.view(torch.int16)[: x.numel()]
         if x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4:
             draw = draw.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)

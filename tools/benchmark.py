@@ -182,9 +182,9 @@ def quality(kind: type[du.GAN], seconds: float) -> dict[int, float]:
     return levels.reached
 
 
-def strided_layers(kind: type[du.GAN]) -> Iterator[tuple[nn.Module, Tensor]]:
-    """Yield those of a recipe's convolutions that have a choice, each with an input as it gets it."""
-    gan, shapes = kind(), {}
+def strided_layers(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Yield those of a GAN's convolutions that have a choice, each with an input as it gets it."""
+    shapes = {}
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Keep the shape of a layer's input."""
@@ -204,7 +204,7 @@ def strided_layers(kind: type[du.GAN]) -> Iterator[tuple[nn.Module, Tensor]]:
 def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
     """Yield lines: milliseconds, forward and backward, of each layer in each way; the ways take turns."""
     gan = kind()
-    for layer, x in strided_layers(kind):
+    for layer, x in strided_layers(gan):
         times: dict[str, list[float]] = {way: [] for way in ("library", "product", "slope")}
         with gan.autocast():
             chosen = du.quickest_way(x, layer.weight)

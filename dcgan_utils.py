@@ -572,11 +572,10 @@ class DCGANDiscriminator(ClassConditional):
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
         # no BatchNorm on the images themselves (Radford et al. 2015, §3)
         self.add_class(16 * widths[-1], config)
-        layers = hidden(Halving(self.channels, widths[0]), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D)
+        act, drop = partial(nn.LeakyReLU, 0.2), config.dropout_D
+        layers = hidden(Halving(self.channels, widths[0]), act(), dropout=drop)
         for narrow, wide in pairwise(widths):
-            layers += hidden(
-                Halving(narrow, wide), norm(wide), nn.LeakyReLU(0.2, inplace=True), dropout=config.dropout_D
-            )
+            layers += hidden(Halving(narrow, wide), norm(wide), act(), dropout=drop)
         layers += [ToPoint(widths[-1], 1, kernel_size=4, bias=False), nn.Flatten(0)]  # → (N,)
         self.layers = nn.Sequential(*layers)
         self.apply(init_dcgan)
@@ -604,7 +603,7 @@ class StableGenerator(nn.Module):
         self.layers = nn.Sequential(
             *hidden(SameConvTranspose2d(4 * w, 2 * w), norm(nn.BatchNorm2d, 2 * w), act(), dropout=config.dropout_G),
             *hidden(SameConvTranspose2d(2 * w, w), norm(nn.BatchNorm2d, w), act(), dropout=config.dropout_G),
-            nn.Conv2d(w, 1, kernel_size=5, padding=2, bias=config.start_at_background),  # (N, 1, 28, 28)
+            Greying(w, kernel_size=5, bias=config.start_at_background),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
         self.apply(init_glorot)
@@ -623,10 +622,10 @@ class StableDiscriminator(nn.Module):
         w = config.ndf
         self.layers = nn.Sequential(
             SameConv2d(1, w),  # (N, 64, 14, 14)
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             FastDropout(config.dropout_D),
             SameConv2d(w, 2 * w),  # (N, 128, 7, 7)
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
             FastDropout(config.dropout_D),
         )
         self.head = nn.Linear((config.image_size // 4) ** 2 * 2 * w, 1)
@@ -672,7 +671,7 @@ class FastDiscriminator(ClassConditional):
         super().__init__(config)
         w = config.ndf
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
-        act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
+        act, drop = partial(nn.LeakyReLU, 0.2), config.dropout_D
         last = nn.Conv2d(2 * w, 4 * w, kernel_size=3, stride=2, padding=1, bias=False)
         features = math.ceil(config.image_size / 8) ** 2 * 4 * w
         self.layers = nn.Sequential(
@@ -832,58 +831,111 @@ class ProgressiveDiscriminator(Growing):
         return self.last(x).flatten()
 
 
-class Patches(torch.autograd.Function):
-    """Turn x (N, H, W, C) into the k×k patches that a stride-2 convolution sees, (N, H/2, W/2, k, k, C); and its slope.
+Matrix = Sequence[Sequence[float]]
+# Two neighbouring results of t taps by t + 1 products in place of 2 t (Winograd 1980; F(2, t) in Lavin & Gray 2016,
+# §4.1): what is mixed of pixels, of taps and of results. A stride of 2 splits kernel 4 or 5 into blocks of 2×2 first.
+MINIMAL: dict[int, tuple[Matrix, Matrix, Matrix]] = {
+    4: (((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1)), ((1, 0), (1, 1), (0, 1))),
+    5: (
+        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
+        ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
+        ((1, 0), (1, 1), (1, -1), (0, -1)),
+    ),
+}
 
-    The first one begins one pixel before x. With `PatchSum` as each other's derivative, a convolution is one matrix
-    product of patches and weights.
+
+class Windows(torch.autograd.Function):
+    """Mix the entries of every window that slides along a dimension: mixed[p] = Σ_r matrix[p][r] · window[r].
+
+    With the identity it only copies: a convolution is then one product of patches and weights. `WindowSum` is its
+    derivative, and the other way round, so that all that is made of them can be derived again and again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, k: int) -> Tensor:
-        """Return the patches; zeros surround x."""
-        ctx.k = k
-        patches = F.pad(x, (0, 0, 1, k - 3, 1, k - 3)).unfold(1, k, 2).unfold(2, k, 2)
-        return patches.permute(0, 1, 2, 4, 5, 3).contiguous()
+    def forward(ctx: Any, x: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
+        """Return (P, …, n, …) for x (…, L, …): P mixtures of each of n windows, which begin `step` apart."""
+        ctx.how = matrix, dim, step
+        windows = x.unfold(dim, len(matrix[0]), step).unbind(-1)
+        mixed = x.new_empty(len(matrix), *windows[0].shape)
+        for place, weights in zip(mixed, matrix, strict=True):
+            write_sum(place, weights, windows)
+        return mixed
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:
-        """Return the derivative: each pixel gathers what its patches say."""
-        return PatchSum.apply(slope), None
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the derivative: each entry gathers what its windows say."""
+        return WindowSum.apply(slope, *ctx.how), None, None, None
 
 
-class PatchSum(torch.autograd.Function):
-    """Add k×k patches (N, H/2, W/2, k, k, C) up to the image (N, H, W, C) that they overlap in."""
-
-    @staticmethod
-    def forward(ctx: Any, patches: Tensor) -> Tensor:
-        """Return the sum, made in float32 at least."""
-        n, height, width, k, _, channels = patches.shape
-        ctx.k, dtype = k, torch.promote_types(patches.dtype, torch.float32)
-        total = patches.new_zeros(n, 2 * height + k - 2, 2 * width + k - 2, channels, dtype=dtype)
-        for row in range(k):
-            for column in range(k):
-                total[:, row : row + 2 * height : 2, column : column + 2 * width : 2] += patches[:, :, :, row, column]
-        return total[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].to(patches.dtype).contiguous()
+class WindowSum(torch.autograd.Function):
+    """Give every mixture back to the entries of its window, and add up where windows overlap."""
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> Tensor:
-        """Return the derivative: each patch sees its part of the slope."""
-        return Patches.apply(slope, ctx.k)
+    def forward(ctx: Any, mixed: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
+        """Return (…, L, …) for mixtures (P, …, n, …)."""
+        ctx.how = matrix, dim, step
+        shape, n, size = list(mixed.shape[1:]), mixed.shape[dim + 1], len(matrix[0])
+        shape[dim] = (n - 1) * step + size
+        total = mixed.new_empty(shape)
+        total.narrow(dim, n * step, size - step).zero_()  # none but the last windows reach there
+        places = total.unfold(dim, size, step).unbind(-1)
+        for r, (place, weights) in enumerate(zip(places, zip(*matrix, strict=True), strict=True)):
+            write_sum(place, weights, mixed.unbind(), add=r >= step)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the derivative: each window mixes its part of the slope."""
+        return Windows.apply(slope, *ctx.how), None, None, None
+
+
+def write_sum(place: Tensor, weights: Sequence[float], parts: Sequence[Tensor], add: bool = False) -> None:
+    """Write the weighted sum of parts into `place`, or add it to what is there, in as few passes as torch allows."""
+    terms = [(weight, part) for weight, part in zip(weights, parts, strict=True) if weight]
+    if not add:
+        terms.sort(key=lambda term: term[0] != 1)
+        match terms:
+            case [(1, part), (weight, other), *terms]:
+                torch.add(part, other, alpha=weight, out=place)
+            case [(weight, part), *terms]:
+                torch.mul(part, weight, out=place) if weight != 1 else place.copy_(part)
+            case _:
+                place.zero_()
+    for weight, part in terms:
+        place.add_(part, alpha=weight)
+
+
+def spread(x: Tensor, matrix: Matrix, unit: int = 1, step: int = 2) -> Tensor:
+    """Return the mixtures (P, P, N, J, K, u, u, C) of x (N, H, W, C) in windows of u×u blocks, `step` blocks apart."""
+    blocks = x.unflatten(1, (-1, unit)).unflatten(3, (-1, unit))  # (N, H/u, u, W/u, u, C)
+    columns = Windows.apply(blocks, matrix, 3, step)  # (P, N, H/u, u, K, u, C)
+    return Windows.apply(columns.transpose(3, 4), matrix, 2, step)
+
+
+def gather(mixed: Tensor, matrix: Matrix, step: int = 2) -> Tensor:
+    """Return what `spread` would have mixed so, added up: its derivative, (N, H, W, C)."""
+    columns = WindowSum.apply(mixed, matrix, 2, step)  # (P, N, H/u, K, u, u, C)
+    return WindowSum.apply(columns.transpose(3, 4), matrix, 3, step).flatten(3, 4).flatten(1, 2)
+
+
+def as_matrices(mixed: Tensor) -> Tensor:
+    """Return mixtures (P, P, N, J, K, u, u, C) as P² matrices (N·J·K, u²·C)."""
+    return mixed.flatten(5).flatten(2, 4).flatten(0, 1)
 
 
 def quickest_way(x: Tensor, weight: Tensor) -> str:
-    """Return how a convolution of stride 2 is quickest here: "library", "product" of patches, or "slope".
+    """Return how a convolution with weights (A, B, k, k) between B maps of an image and A of half its side is quickest.
 
-    The slope of the weights is what libraries are slowest at, so it alone is a product of patches, and all of the
-    convolution where channels are many or the image is grey. On a CPU with channels last only; `python
+    "patches" where the image is grey; where channels are many "winograd", which has fewer products (with kernel 5 only
+    in half precision: it moves more memory); else "library". On a CPU with channels last only: `python
     tools/benchmark.py --layers` times every way.
     """
     narrow, k = min(weight.shape[:2]), weight.shape[2]
     last = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type != "cpu" or not last or torch.compiler.is_compiling():
         return "library"
-    return "product" if narrow == 1 or narrow * k**2 >= 3200 else "slope" if narrow * k**2 >= 1600 else "library"
+    wide = narrow * k**2 >= 2000 and (k == 4 or x.dtype == torch.bfloat16)
+    return "patches" if weight.shape[1] == 1 else "winograd" if wide else "library"
 
 
 def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -901,6 +953,24 @@ def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.conv2d(F.pad(x, (1, 2, 1, 2)), weight, bias, stride=2)
 
 
+def halve_by_patches(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the same of grey images, as one product of their k×k patches and the weights."""
+    k = weight.shape[2]
+    patches = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, k - 3, 1, k - 3)), identity(k))
+    pixels = as_matrices(patches).squeeze(2).T @ weight.flatten(1).T
+    return pixels.unflatten(0, patches.shape[2:5]).permute(0, 3, 1, 2)
+
+
+def halve_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the same by fewer products, see MINIMAL: 9 in place of 16 for kernel 4, 16 of 25 for kernel 5."""
+    (pixels, taps, results), (height, width) = MINIMAL[weight.shape[2]], (side // 2 for side in x.shape[2:])
+    right, below = (2 * len(taps[0]) - 3 + 2 * (side % 2) for side in (width, height))
+    seen = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)), pixels, unit=2)
+    products = as_matrices(seen) @ as_matrices(spread_weights(weight)).mT
+    image = gather(products.view(*seen.shape[:5], 1, 1, -1), results)
+    return image[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
 def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the library's transposed convolution of stride 2, cropped by one pixel before and k - 3 after."""
     if weight.shape[2] == 4:
@@ -912,50 +982,35 @@ def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return full[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
 
 
-class Halve(torch.autograd.Function):
-    """Do what `halve` does, and take the slope of the weights as one product of patches."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return (N, A, H/2, W/2) for x (N, B, H, W), weights (A, B, k, k) and a bias (A,)."""
-        ctx.save_for_backward(x, weight)
-        return halve(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the derivatives, which can be derived again."""
-        (x, weight), (moves, learns, biased) = ctx.saved_tensors, ctx.needs_input_grad
-        return (
-            Double.apply(slope, weight) if moves else None,
-            weight_slope(slope, x, weight.shape[2]) if learns else None,
-            slope.sum(dim=(0, 2, 3)) if biased else None,
-        )
+def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
+    """Return the same of grey images, or the convolution of stride 1 that `weight` is the transpose of."""
+    k, (n, _, height, width) = weight.shape[2], x.shape
+    patches = weight.flatten(1).T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
+    mixed = patches.float().view(k, k, n, height, width, 1, 1, 1)  # up to k² of them are added: not in half precision
+    image = gather(mixed, identity(k), stride)[..., 0].to(x.dtype)
+    before = 1 if stride == 2 else k // 2
+    return image[:, None, before : before + stride * height, before : before + stride * width].contiguous()
 
 
-class Double(torch.autograd.Function):
-    """Do what `double` does, likewise: it and `Halve` are each other's derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Return (N, B, 2H, 2W) for x (N, A, H, W) and weights (A, B, k, k)."""
-        ctx.save_for_backward(x, weight)
-        return double(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the derivatives, which can be derived again."""
-        (x, weight), (moves, learns) = ctx.saved_tensors, ctx.needs_input_grad
-        moved = Halve.apply(slope, weight, None) if moves else None
-        return moved, weight_slope(x, slope, weight.shape[2]) if learns else None
+def double_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the same by fewer products; it and `halve_by_winograd` are each other's derivative."""
+    (pixels, _, results), (height, width) = MINIMAL[weight.shape[2]], x.shape[2:]
+    seen = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, width % 2, 0, height % 2)), results)
+    products = as_matrices(seen) @ as_matrices(spread_weights(weight))
+    image = gather(products.view(*seen.shape[:5], 2, 2, -1), pixels)
+    return image[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].contiguous().permute(0, 3, 1, 2)
 
 
-def weight_slope(small: Tensor, large: Tensor, k: int) -> Tensor:
-    """Return the slope (A, B, k, k) of weights between small (N, A, H, W) and large (N, B, 2H, 2W)."""
-    products = []
-    for pixels, image in zip(small.split(32), large.split(32), strict=True):  # patches of all at once would fill memory
-        patches = Patches.apply(image.permute(0, 2, 3, 1), k).flatten(3).flatten(0, 2)
-        products.append(pixels.permute(0, 2, 3, 1).flatten(0, 2).T @ patches)
-    return torch.stack(products).sum(dim=0).unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
+def spread_weights(weight: Tensor) -> Tensor:
+    """Return what Winograd's products take of weights (A, B, k, k): (P, P, A, 1, 1, 2, 2, B)."""
+    taps, odd = MINIMAL[weight.shape[2]][1], weight.shape[2] % 2
+    return spread(F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, odd, 0, odd)), taps, unit=2)
+
+
+@functools.cache
+def identity(size: int) -> Matrix:
+    """Return the identity matrix: a window's mixtures are its entries."""
+    return tuple(tuple(float(row == column) for column in range(size)) for row in range(size))
 
 
 class Doubling(nn.ConvTranspose2d):
@@ -969,14 +1024,12 @@ class Doubling(nn.ConvTranspose2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
-        way, k = quickest_way(x, self.weight), self.kernel_size[0]
-        if self.bias is not None or way == "library":
+        way = quickest_way(x, self.weight)
+        if way == "library":
             return double(x, self.weight, self.bias)
-        x, weight = half_precision(x, self.weight)
-        if way == "slope":
-            return Double.apply(x, weight)
-        patches = x.permute(0, 2, 3, 1) @ weight.permute(0, 2, 3, 1).flatten(1)
-        return PatchSum.apply(patches.unflatten(-1, (k, k, -1))).permute(0, 3, 1, 2)
+        x, weight, bias = half_precision(x, self.weight, self.bias)
+        image = (double_by_patches if way == "patches" else double_by_winograd)(x, weight)
+        return image if bias is None else image + bias[:, None, None]
 
 
 class Halving(nn.Conv2d):
@@ -990,15 +1043,27 @@ class Halving(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, wide, H/2, W/2) for x (N, narrow, H, W)."""
-        way, k = quickest_way(x, self.weight), self.kernel_size[0]
-        odd = x.shape[2] % 2 or x.shape[3] % 2
-        if odd or way == "library":
+        way, odd = quickest_way(x, self.weight), x.shape[2] % 2 or x.shape[3] % 2
+        if way == "library" or odd:
             return halve(x, self.weight, self.bias)
         x, weight, bias = half_precision(x, self.weight, self.bias)
-        if way == "slope":
-            return Halve.apply(x, weight, bias)
-        patches = Patches.apply(x.permute(0, 2, 3, 1), k).flatten(3)
-        return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias).permute(0, 3, 1, 2)
+        image = (halve_by_patches if way == "patches" else halve_by_winograd)(x, weight)
+        return image if bias is None else image + bias[:, None, None]
+
+
+class Greying(nn.Conv2d):
+    """Make one grey map of many by a convolution that keeps the side."""
+
+    def __init__(self, wide: int, kernel_size: int, bias: bool = False) -> None:
+        super().__init__(wide, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, 1, H, W) for x (N, wide, H, W)."""
+        if quickest_way(x, self.weight.transpose(0, 1)) == "library":
+            return super().forward(x)
+        x, weight, bias = half_precision(x, self.weight, self.bias)
+        image = double_by_patches(x, weight.flip(2, 3).transpose(0, 1), stride=1)
+        return image if bias is None else image + bias
 
 
 class FromPoint(nn.ConvTranspose2d):
@@ -1041,7 +1106,10 @@ class FastDropout(nn.Dropout):
         draw = words.view(torch.int16)[: x.numel()]
         if x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4:
             draw = draw.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
-        return x * (draw.view_as(x) < kept - 32768).to(x.dtype).mul_(65536 / kept)
+        mask = (draw.view_as(x) < kept - 32768).view(
+            torch.uint8
+        )  # of which torch makes other types faster than of bool
+        return x * mask.to(x.dtype).mul_(65536 / kept)
 
 
 def dcgan_widths(image_size: int, base: int) -> list[int]:

@@ -191,7 +191,7 @@ def strided_layers(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
         shapes[layer] = inputs[0].shape
 
     for layer in [*gan.generator.modules(), *gan.discriminator.modules()]:
-        if isinstance(layer, du.Halving) or (isinstance(layer, du.Doubling) and layer.bias is None):
+        if isinstance(layer, (du.Halving, du.Doubling, du.Greying)):
             layer.register_forward_pre_hook(note)
     z = torch.randn(gan.config.batch_size, gan.config.nz, device=gan.device)
     labels = torch.arange(len(z), device=gan.device) % 10
@@ -202,12 +202,15 @@ def strided_layers(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
-    """Yield lines: milliseconds, forward and backward, of each layer in each way; the ways take turns."""
+    """Yield lines: milliseconds, forward and backward, of each layer in each way that it has; the ways take turns."""
     gan = kind()
     for layer, x in strided_layers(gan):
-        times: dict[str, list[float]] = {way: [] for way in ("library", "product", "slope")}
+        weight = layer.weight.transpose(0, 1) if isinstance(layer, du.Greying) else layer.weight
+        grey = weight.shape[1] == 1
+        times: dict[str, list[float]] = {way: [] for way in ("library", "patches" if grey else "winograd")}
         with gan.autocast():
-            chosen = du.quickest_way(x, layer.weight)
+            x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
+            chosen = du.quickest_way(x, weight)
         for _ in range(repeats):
             for way, taken in times.items():
                 start = time.perf_counter()
@@ -229,8 +232,9 @@ def machine() -> str:
     device = du.pick_device("auto")
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    units = torch.backends.cpu.get_cpu_capability()
-    return f"{torch.get_num_threads()} threads, {platform.machine()} {units}, torch {torch.__version__}"
+    units, has = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    bf16 = " and AMX" if has.get("amx_bf16") else " with bf16" if has.get("avx512_bf16") else ""
+    return f"{torch.get_num_threads()} threads, {platform.machine()} {units}{bf16}, torch {torch.__version__}"
 
 
 def middle(cell: dict, way: str, what: str, form: str) -> str:

@@ -35,11 +35,12 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import dcgan_utils as du  # noqa: E402
+from tools.benchmark import machine  # noqa: E402
 
 FOLDER = ROOT / "results" / "speed"
 KEPT = FOLDER / "trials.jsonl"
 RATES = FOLDER / "rates.json"
-CLOCK = FOLDER / "clock.jsonl"  # runs by the clock, on two cores with AMX
+CLOCK = FOLDER / "clock.jsonl"  # runs by the clock: each line names its machine
 NOMINAL = 600  # images a second of L: what one core without AMX gave
 TURN = 16  # iterations in a turn of the timing: as many as hold one lazy penalty of any idea
 SCORES = ("fid", "kid", "precision", "recall", "density", "coverage", "confidence", "digit_accuracy", "class_entropy")
@@ -129,7 +130,7 @@ class TrialDiscriminator(nn.Module):
         self.knobs, w = knobs, config.ndf
         self.wrongs: list[Tensor] = []  # what D's step on real and on fake digits says of wrong labels
         norm = nn.BatchNorm2d if config.batch_norm_D else nn.Identity
-        act, drop = partial(nn.LeakyReLU, 0.2, inplace=True), config.dropout_D
+        act, drop = partial(nn.LeakyReLU, 0.2), config.dropout_D
         first = [du.Halving(knobs.pack, w)]
         if knobs.unshuffle:
             first = [nn.PixelUnshuffle(2), nn.Conv2d(4 * knobs.pack, w, kernel_size=3, padding=1, bias=False)]
@@ -667,7 +668,7 @@ def by_the_clock(name: str, seed: int, seconds: float) -> dict[str, Any]:
     gan = idea.make(seed)
     gan.train(10_000, max_seconds=seconds, callbacks=[], data=idea.data())
     kept = {"idea": name, "seed": seed, "seconds": seconds, "numbers": gan.precision, "images": images_seen(gan)}
-    return kept | score(gan)
+    return {"machine": machine()} | kept | score(gan)
 
 
 def images_seen(gan: du.FastDCGAN) -> int:

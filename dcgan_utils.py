@@ -986,7 +986,8 @@ def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
     """Return the same of grey images, or the convolution of stride 1 that `weight` is the transpose of."""
     k, (n, _, height, width) = weight.shape[2], x.shape
     patches = weight.flatten(1).T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
-    mixed = patches.float().view(k, k, n, height, width, 1, 1, 1)  # up to k² of them are added: not in half precision
+    exact = torch.promote_types(x.dtype, torch.float32)  # up to k² of them are added: not in half precision
+    mixed = patches.to(exact).view(k, k, n, height, width, 1, 1, 1)
     image = gather(mixed, identity(k), stride)[..., 0].to(x.dtype)
     before = 1 if stride == 2 else k // 2
     return image[:, None, before : before + stride * height, before : before + stride * width].contiguous()
@@ -995,7 +996,7 @@ def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
 def double_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
     """Return the same by fewer products; it and `halve_by_winograd` are each other's derivative."""
     (pixels, _, results), (height, width) = MINIMAL[weight.shape[2]], x.shape[2:]
-    seen = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, width % 2, 0, height % 2)), results)
+    seen = spread(pad_after(x.permute(0, 2, 3, 1), height % 2, width % 2), results)
     products = as_matrices(seen) @ as_matrices(spread_weights(weight))
     image = gather(products.view(*seen.shape[:5], 2, 2, -1), pixels)
     return image[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].contiguous().permute(0, 3, 1, 2)
@@ -1004,7 +1005,12 @@ def double_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
 def spread_weights(weight: Tensor) -> Tensor:
     """Return what Winograd's products take of weights (A, B, k, k): (P, P, A, 1, 1, 2, 2, B)."""
     taps, odd = MINIMAL[weight.shape[2]][1], weight.shape[2] % 2
-    return spread(F.pad(weight.permute(0, 2, 3, 1), (0, 0, 0, odd, 0, odd)), taps, unit=2)
+    return spread(pad_after(weight.permute(0, 2, 3, 1), odd, odd), taps, unit=2)
+
+
+def pad_after(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Return x (N, H, W, C) with rows and columns of zeros at its end; F.pad copies even where there are none."""
+    return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
 
 
 @functools.cache

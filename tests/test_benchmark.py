@@ -22,7 +22,9 @@ CELL = {
 def test_all_ways_are_measured_each_in_a_process_of_its_own(tmp_path):
     """The command of the README, on the smallest recipe and for half a second; what was there stays."""
     out = tmp_path / "cpu.json"
-    out.write_text(json.dumps({"machine": benchmark.machine(), "recipes": {"dcgan": CELL}}))
+    tell = "from tools import benchmark; print(benchmark.machine())"  # what conftest.py hides another process sees
+    here = subprocess.check_output([sys.executable, "-c", tell], cwd=benchmark.ROOT, text=True).splitlines()[-1]
+    out.write_text(json.dumps({"machine": here, "recipes": {"dcgan": CELL}}))
     command = [sys.executable, benchmark.__file__, "--recipes", "fast", "--repeats", "1", "--seconds", "0.5"]
     done = subprocess.run([*command, "--quality", "1", "--out", str(out)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

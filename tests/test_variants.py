@@ -62,6 +62,12 @@ def test_the_study_of_precision_changes_nothing_else(monkeypatch):
     assert made[0] == made[1] == {"seed": 7, **study.NARROW["stable"]}
 
 
+def test_whole_means_the_recipe_as_it_is():
+    for (recipe, precision), changes in study.STUDIES["whole"].items():
+        kind = du.RECIPES[recipe]
+        assert kind.resolve(**study.NARROW[recipe] | changes) == kind.resolve(precision=precision)
+
+
 def test_the_table_holds_mean_and_spread():
     lines = [
         {"recipe": "dcgan", "variant": "fp32", "images": 1000, "seed": seed} | dict.fromkeys(study.FIGURES, value)
@@ -76,5 +82,6 @@ def test_the_kept_runs_are_of_this_study(name, root):
     folder = root / "results" / "variants"
     runs = json.loads((folder / f"{name}.json").read_text())
     assert {(r["recipe"], r["variant"]) for r in runs} == set(study.STUDIES[name])
-    assert (folder / f"{name}.md").read_text() == study.table(runs)
-    assert study.table(runs) in (root / "README.md").read_text() + "\n"
+    table = study.table(runs, "recipe") if name == "whole" else study.table(runs)
+    assert (folder / f"{name}.md").read_text() == table
+    assert table in (root / "README.md").read_text() + "\n"

@@ -2,10 +2,12 @@
 
     python tools/variant_study.py precision     # float32 and half precision: do they end alike?
     python tools/variant_study.py target        # what DCGAN's G wants D to say, which its README leaves open
+    python tools/variant_study.py whole --recipes stable --images 38400  # as the first, but the recipes as they are
 
 Narrow networks (16 channels, `StableDCGAN` 8), `DCGAN` at 32×32, batches of 32 and five times the learning rates, so
-that a short run gets somewhere; one thread. Runs that are kept are not made again. A CPU without units for bf16 rounds
-to it in software: slowly, and good enough for this. Leaves results/variants: STUDY.json and STUDY.md.
+that a short run gets somewhere; one thread. *whole* is at full width, on all threads. Runs that are kept are not made
+again. A CPU without units for bf16 rounds to it in software: slowly, and good enough for this. Leaves results/variants:
+STUDY.json and STUDY.md.
 """
 
 import argparse
@@ -28,8 +30,14 @@ NARROW = {
     "dcgan": {"image_size": 32, "ngf": 16, "ndf": 16, "batch_size": 32, "lr_G": 1e-3, "lr_D": 5e-4},
     "stable": {"ngf": 8, "ndf": 8, "batch_size": 32, "lr_G": 5e-4, "lr_D": 5e-4},
 }
+AS_THEY_ARE = {
+    recipe: {name: getattr(du.RECIPES[recipe].defaults, name) for name in NARROW[recipe]} for recipe in NARROW
+}
 STUDIES: dict[str, dict[tuple[str, str], dict[str, Any]]] = {  # (recipe, what it is called): what is changed
     "precision": {(recipe, name): {"precision": name} for recipe in NARROW for name in ("fp32", "bf16")},
+    "whole": {
+        (recipe, name): {**AS_THEY_ARE[recipe], "precision": name} for recipe in NARROW for name in ("fp32", "bf16")
+    },
     "target": {("dcgan", f"G wants {wish:g}"): {"generator_target": wish} for wish in (1.0, 0.85)},
 }
 FIGURES = {
@@ -50,9 +58,9 @@ def run(recipe: str, changes: dict[str, Any], seed: int, images: int, reference:
     return {"images": images, "cpu_seconds": round(seconds)} | found
 
 
-def table(runs: list[dict]) -> str:
-    """Return mean ± standard deviation over the seeds as a Markdown table."""
-    titles = ["recipe, narrow", "variant", "seeds", "images", *(title for title, _ in FIGURES.values())]
+def table(runs: list[dict], first: str = "recipe, narrow") -> str:
+    """Return mean ± standard deviation over the seeds as a Markdown table; `first` heads its first column."""
+    titles = [first, "variant", "seeds", "images", *(title for title, _ in FIGURES.values())]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for recipe, variant in dict.fromkeys((r["recipe"], r["variant"]) for r in runs):
         mine = [r for r in runs if (r["recipe"], r["variant"]) == (recipe, variant)]
@@ -71,14 +79,17 @@ def main() -> None:
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--images", type=int, default=25_600)
+    parser.add_argument("--recipes", nargs="+", choices=list(NARROW), default=list(NARROW))
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    path, study = RESULTS / f"{options.study}.json", STUDIES[options.study]
+    if options.study != "whole":
+        torch.set_num_threads(1)
+    path = RESULTS / f"{options.study}.json"
+    study = {key: changes for key, changes in STUDIES[options.study].items() if key[0] in options.recipes}
     runs = json.loads(path.read_text()) if path.is_file() else []
     train, test = (du.load_images("mnist", split)[0] for split in ("train", "test"))
     references = {
-        recipe: du.Reference(train[:10_000], test, du.RECIPES[recipe].resolve(**NARROW[recipe]).image_size)
-        for recipe, _ in study
+        recipe: du.Reference(train[:10_000], test, du.RECIPES[recipe].resolve(**NARROW[recipe] | changes).image_size)
+        for (recipe, _), changes in study.items()
     }
     for seed in options.seeds:
         for (recipe, variant), changes in study.items():
@@ -87,8 +98,9 @@ def main() -> None:
                 runs.append(key | run(recipe, changes, seed, options.images, references[recipe]))
                 print(runs[-1], flush=True)
                 du.prepare_file(path).write_text(json.dumps(runs, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(runs))
-    print(table(runs))
+    made = table(runs, "recipe") if options.study == "whole" else table(runs)
+    path.with_suffix(".md").write_text(made)
+    print(made)
 
 
 if __name__ == "__main__":

@@ -550,9 +550,9 @@ class DCGANGenerator(ClassConditional):
         widths = dcgan_widths(config.image_size, config.ngf)  # 64×64: 512, 256, 128, 64
         norm = nn.BatchNorm2d if config.batch_norm_G else nn.Identity
         first = FromPoint(nz, widths[0], kernel_size=4, bias=False)  # 1×1 → 4×4
-        layers = hidden(first, norm(widths[0]), nn.ReLU(inplace=True), dropout=config.dropout_G)
+        layers = hidden(first, norm(widths[0]), nn.ReLU(), dropout=config.dropout_G)
         for wide, narrow in pairwise(widths):
-            layers += hidden(Doubling(wide, narrow), norm(narrow), nn.ReLU(inplace=True), dropout=config.dropout_G)
+            layers += hidden(Doubling(wide, narrow), norm(narrow), nn.ReLU(), dropout=config.dropout_G)
         last = Doubling(widths[-1], config.channels, bias=config.start_at_background)  # see start_at_background below
         layers += [last, nn.Tanh()]
         self.layers = nn.Sequential(*layers)
@@ -597,9 +597,9 @@ class StableGenerator(nn.Module):
         self.dense = nn.Sequential(
             nn.Linear(config.nz, self.side**2 * 4 * w, bias=False),  # (N, 7·7·256)
             norm(nn.BatchNorm1d, self.side**2 * 4 * w),
-            nn.LeakyReLU(0.2, inplace=True),
+            nn.LeakyReLU(0.2),
         )
-        act = partial(nn.LeakyReLU, 0.2, inplace=True)
+        act = partial(nn.LeakyReLU, 0.2)
         self.layers = nn.Sequential(
             *hidden(SameConvTranspose2d(4 * w, 2 * w), norm(nn.BatchNorm2d, 2 * w), act(), dropout=config.dropout_G),
             *hidden(SameConvTranspose2d(2 * w, w), norm(nn.BatchNorm2d, w), act(), dropout=config.dropout_G),
@@ -648,9 +648,9 @@ class FastGenerator(ClassConditional):
         self.dense = nn.Linear(self.embed(config), self.side**2 * 4 * w, bias=False)
         self.layers = nn.Sequential(
             norm(4 * w),
-            nn.ReLU(inplace=True),  # (N, 128, 7, 7)
+            nn.ReLU(),  # (N, 128, 7, 7)
             # the dearest layer of both networks: 32 maps here in place of 64 are a quarter more images a second
-            *hidden(Doubling(4 * w, w), norm(w), nn.ReLU(inplace=True), dropout=config.dropout_G),  # (N, 32, 14, 14)
+            *hidden(Doubling(4 * w, w), norm(w), nn.ReLU(), dropout=config.dropout_G),  # (N, 32, 14, 14)
             # four maps at 14×14 cost what one at 28×28 would, and no 32 maps of that size are needed
             nn.Conv2d(w, 4 * config.channels, kernel_size=3, padding=1),
             nn.PixelShuffle(2),  # (N, 1, 28, 28)
@@ -832,8 +832,9 @@ class ProgressiveDiscriminator(Growing):
 
 
 Matrix = Sequence[Sequence[float]]
-# Two neighbouring results of t taps by t + 1 products in place of 2 t (Winograd 1980; F(2, t) in Lavin & Gray 2016,
-# §4.1): what is mixed of pixels, of taps and of results. A stride of 2 splits kernel 4 or 5 into blocks of 2×2 first.
+# Two neighbouring results of t taps by t + 1 products in place of 2 t (Winograd 1980; Lavin & Gray 2016 for t = 3):
+# what is mixed of pixels, of taps and of results. A stride of 2 makes kernel 4 one of 2×2 on blocks of 2×2 pixels, and
+# kernel 5, with a row and a column of zeros, one of 3×3.
 MINIMAL: dict[int, tuple[Matrix, Matrix, Matrix]] = {
     4: (((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1)), ((1, 0), (1, 1), (0, 1))),
     5: (
@@ -905,15 +906,15 @@ def write_sum(place: Tensor, weights: Sequence[float], parts: Sequence[Tensor], 
         place.add_(part, alpha=weight)
 
 
-def spread(x: Tensor, matrix: Matrix, unit: int = 1, step: int = 2) -> Tensor:
-    """Return the mixtures (P, P, N, J, K, u, u, C) of x (N, H, W, C) in windows of u×u blocks, `step` blocks apart."""
+def spread(x: Tensor, matrix: Matrix, unit: int = 1) -> Tensor:
+    """Return the mixtures (P, P, N, J, K, u, u, C) of x (N, H, W, C) in windows of u×u blocks, two blocks apart."""
     blocks = x.unflatten(1, (-1, unit)).unflatten(3, (-1, unit))  # (N, H/u, u, W/u, u, C)
-    columns = Windows.apply(blocks, matrix, 3, step)  # (P, N, H/u, u, K, u, C)
-    return Windows.apply(columns.transpose(3, 4), matrix, 2, step)
+    columns = Windows.apply(blocks, matrix, 3, 2)  # (P, N, H/u, u, K, u, C)
+    return Windows.apply(columns.transpose(3, 4), matrix, 2, 2)
 
 
 def gather(mixed: Tensor, matrix: Matrix, step: int = 2) -> Tensor:
-    """Return what `spread` would have mixed so, added up: its derivative, (N, H, W, C)."""
+    """Undo the cutting of `spread`: every mixture goes back to its window in (N, H, W, C), and overlaps add up."""
     columns = WindowSum.apply(mixed, matrix, 2, step)  # (P, N, H/u, K, u, u, C)
     return WindowSum.apply(columns.transpose(3, 4), matrix, 3, step).flatten(3, 4).flatten(1, 2)
 
@@ -926,9 +927,9 @@ def as_matrices(mixed: Tensor) -> Tensor:
 def quickest_way(x: Tensor, weight: Tensor) -> str:
     """Return how a convolution with weights (A, B, k, k) between B maps of an image and A of half its side is quickest.
 
-    "patches" where the image is grey; where channels are many "winograd", which has fewer products (with kernel 5 only
-    in half precision: it moves more memory); else "library". On a CPU with channels last only: `python
-    tools/benchmark.py --layers` times every way.
+    "patches" where the image is grey; where channels are many "winograd", which has fewer products but moves and keeps
+    more memory, so with kernel 5 for bf16 only; else "library". On a CPU, with channels last, and meant for batches of
+    32 and more: `python tools/benchmark.py --layers` times every way.
     """
     narrow, k = min(weight.shape[:2]), weight.shape[2]
     last = x.is_contiguous(memory_format=torch.channels_last)
@@ -957,7 +958,7 @@ def halve_by_patches(x: Tensor, weight: Tensor) -> Tensor:
     """Return the same of grey images, as one product of their k×k patches and the weights."""
     k = weight.shape[2]
     patches = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, k - 3, 1, k - 3)), identity(k))
-    pixels = as_matrices(patches).squeeze(2).T @ weight.flatten(1).T
+    pixels = as_matrices(patches).squeeze(2).T @ weight.permute(0, 2, 3, 1).flatten(1).T
     return pixels.unflatten(0, patches.shape[2:5]).permute(0, 3, 1, 2)
 
 
@@ -967,7 +968,7 @@ def halve_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
     right, below = (2 * len(taps[0]) - 3 + 2 * (side % 2) for side in (width, height))
     seen = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)), pixels, unit=2)
     products = as_matrices(seen) @ as_matrices(spread_weights(weight)).mT
-    image = gather(products.view(*seen.shape[:5], 1, 1, -1), results)
+    image = gather(products.view(*seen.shape[:5], 1, 1, len(weight)), results)
     return image[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
@@ -986,7 +987,7 @@ def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
     """Return the same of grey images, or the convolution of stride 1 that `weight` is the transpose of."""
     k, (n, _, height, width) = weight.shape[2], x.shape
     patches = weight.flatten(1).T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
-    exact = torch.promote_types(x.dtype, torch.float32)  # up to k² of them are added: not in half precision
+    exact = torch.promote_types(x.dtype, torch.float32)  # an image is a sum of up to k² of them
     mixed = patches.to(exact).view(k, k, n, height, width, 1, 1, 1)
     image = gather(mixed, identity(k), stride)[..., 0].to(x.dtype)
     before = 1 if stride == 2 else k // 2
@@ -998,7 +999,7 @@ def double_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
     (pixels, _, results), (height, width) = MINIMAL[weight.shape[2]], x.shape[2:]
     seen = spread(pad_after(x.permute(0, 2, 3, 1), height % 2, width % 2), results)
     products = as_matrices(seen) @ as_matrices(spread_weights(weight))
-    image = gather(products.view(*seen.shape[:5], 2, 2, -1), pixels)
+    image = gather(products.view(*seen.shape[:5], 2, 2, weight.shape[1]), pixels)
     return image[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].contiguous().permute(0, 3, 1, 2)
 
 
@@ -1013,10 +1014,9 @@ def pad_after(x: Tensor, rows: int, columns: int) -> Tensor:
     return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
 
 
-@functools.cache
 def identity(size: int) -> Matrix:
     """Return the identity matrix: a window's mixtures are its entries."""
-    return tuple(tuple(float(row == column) for column in range(size)) for row in range(size))
+    return torch.eye(size).tolist()
 
 
 class Doubling(nn.ConvTranspose2d):
@@ -1112,10 +1112,9 @@ class FastDropout(nn.Dropout):
         draw = words.view(torch.int16)[: x.numel()]
         if x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4:
             draw = draw.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
-        mask = (draw.view_as(x) < kept - 32768).view(
-            torch.uint8
-        )  # of which torch makes other types faster than of bool
-        return x * mask.to(x.dtype).mul_(65536 / kept)
+        # as uint8, of which torch makes other types faster than of bool
+        mask = (draw.view_as(x) < kept - 32768).view(torch.uint8).to(x.dtype)
+        return x * mask.mul_(65536 / kept)
 
 
 def dcgan_widths(image_size: int, base: int) -> list[int]:

@@ -38,12 +38,16 @@ def test_all_ways_are_measured_each_in_a_process_of_its_own(tmp_path):
         assert 0 < run["warm_up_seconds"] < 300
     assert cell["seconds_to_distance"] == {}  # nothing is good after a second
     assert results["recipes"]["dcgan"] == CELL
+    assert list(results["products"]) == list(dict.fromkeys(("fp32", cell["precision"])))
+    assert all(0.001 < rate < 10_000 for rate in results["products"].values())
     assert cell["precision"] in ("fp32", "bf16")  # what the machine does well
 
 
 def test_the_table_holds_medians_and_the_median_of_ratios():
     first, *_, row = benchmark.table({"machine": "M", "recipes": {"dcgan": CELL}}).splitlines()
     assert first == "M; median of 3 runs of 1 s each"
+    known = benchmark.table({"machine": "M", "products": {"fp32": 0.141, "bf16": 2.0}, "recipes": {"dcgan": CELL}})
+    assert known.startswith("M; products of 2048×2048 matrices, TFLOP/s: fp32 0.14, bf16 2; median of 3 runs")
     # ours 3, 2.5 and 2.25 times the textbook's, compiled 4, 3 and 2 times
     assert row == "| `DCGAN` | fp32 | 200 | 500 (2.50) | 600 (3.00; 40) | 900 / 700 / 800 | 12 / 31 / – |"
 
@@ -104,9 +108,11 @@ def test_the_clock_leaves_out_the_warm_up(monkeypatch):
     assert clock.rate() == 256 / 10
 
 
-def test_layers_are_timed_in_each_way(monkeypatch):
-    """Every convolution of stride 2 that has a choice: what it is, a time for each way, and the one it takes."""
-    monkeypatch.setattr(du.StableDCGAN, "defaults", du.StableDCGAN.resolve(ngf=2, ndf=2, batch_size=2, device="cpu"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_layers_are_timed_in_each_way(precision, monkeypatch):
+    """Every convolution that has a choice: what it is, a time for each way, and the one it takes."""
+    small = du.StableDCGAN.resolve(ngf=2, ndf=2, batch_size=2, device="cpu", precision=precision)
+    monkeypatch.setattr(du.StableDCGAN, "defaults", small)
     lines = list(benchmark.layer_table(du.StableDCGAN, repeats=3))
     assert [line.split(", kernel")[0] for line in lines] == [
         "StableDCGAN SameConvTranspose2d 8 → 4 at 7×7", "StableDCGAN SameConvTranspose2d 4 → 2 at 14×14",
@@ -115,4 +121,4 @@ def test_layers_are_timed_in_each_way(monkeypatch):
     ]  # fmt: skip
     assert [line.split()[-1] for line in lines] == ["'library'", "'library'", "'patches'", "'patches'", "'library'"]
     for line in lines:
-        assert re.search(r"fp32: library [\d.]+, (patches|winograd) [\d.]+ ms", line)
+        assert re.search(precision + r": library [\d.]+, (patches|winograd) [\d.]+ ms", line)

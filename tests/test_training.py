@@ -466,12 +466,17 @@ def test_precision_follows_the_device(monkeypatch):
     assert du.pick_precision("auto", cuda) == "bf16"
 
 
-@pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN])  # DCGAN ends in a 4×4 → 1×1 convolution
-def test_bf16_agrees_with_fp32_over_the_first_iterations(kind, digits):
-    histories = []
+@pytest.mark.parametrize(
+    ("kind", "width", "way"),  # DCGAN ends in a 4×4 → 1×1 convolution; with 128 channels it takes Winograd's products
+    [(du.DCGAN, 8, "library"), (du.DCGAN, 128, "winograd"), (du.StableDCGAN, 8, "library")],
+)
+def test_bf16_agrees_with_fp32_over_the_first_iterations(kind, width, way, digits, monkeypatch):
+    histories, ways, choose = [], [], du.quickest_way
+    monkeypatch.setattr(du, "quickest_way", lambda *x: ways.append(choose(*x)) or ways[-1])
     for precision in ("fp32", "bf16"):
-        gan = make(kind, precision=precision, dropout_D=0.0, ngf=8, ndf=8, batch_size=32)
+        gan = make(kind, precision=precision, dropout_D=0.0, ngf=width, ndf=width, batch_size=32)
         histories.append(gan.train(2, data=digits, callbacks=[]))
+    assert set(ways) == {"patches", way}
     for name in ("loss_D", "loss_G"):
         assert histories[1][name] == pytest.approx(histories[0][name], rel=0.03)
 

@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                # about half an hour; results/benchmark/cpu.json or gpu.json and the table
     python tools/benchmark.py --recipes fast --ways ours --repeats 1 --seconds 5 --quality 0  # what else is there stays
-    python tools/benchmark.py --layers       # milliseconds of each convolution of stride 2 in each of its ways
+    python tools/benchmark.py --layers       # milliseconds of each convolution that has a choice, in each of its ways
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
@@ -221,9 +221,7 @@ def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
                     torch.cuda.synchronize()
                 taken.append(1000 * (time.perf_counter() - start))
         middles = ", ".join(f"{way} {statistics.median(taken[2:]):.1f}" for way, taken in times.items())
-        what = (
-            f"{kind.__name__} {type(layer).__name__} {x.shape[1]} → {len(layer(x[:1])[0])} at {x.shape[2]}×{x.shape[2]}"
-        )
+        what = f"{kind.__name__} {type(layer).__name__} {x.shape[1]} → {out.shape[1]} at {x.shape[2]}×{x.shape[2]}"
         yield f"{what}, kernel {layer.kernel_size[0]}, {gan.precision}: {middles} ms; it takes {chosen!r}"
 
 
@@ -232,9 +230,23 @@ def machine() -> str:
     device = du.pick_device("auto")
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    units, has = torch.backends.cpu.get_cpu_capability(), torch.cpu.get_capabilities()
+    units, has = torch.backends.cpu.get_cpu_capability(), getattr(torch.cpu, "get_capabilities", dict)()
     bf16 = " and AMX" if has.get("amx_bf16") else " with bf16" if has.get("avx512_bf16") else ""
     return f"{torch.get_num_threads()} threads, {platform.machine()} {units}{bf16}, torch {torch.__version__}"
+
+
+def products(precision: str, size: int = 2048) -> dict[str, float]:
+    """Return how many TFLOP/s a product of two square matrices does here, in float32 and in the machine's precision."""
+    device, found = du.pick_device("auto"), {}
+    for name in dict.fromkeys(("fp32", precision)):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        matrix, times = torch.ones(size, size, dtype=dtype, device=device), []
+        for _ in range(7):
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()  # on a GPU this waits for it
+            times.append(time.perf_counter() - start)
+        found[name] = 2 * size**3 / statistics.median(times[2:]) / 1e12
+    return found
 
 
 def middle(cell: dict, way: str, what: str, form: str) -> str:
@@ -278,7 +290,9 @@ def table(results: dict) -> str:
     repeats = {len(cell[way]) for cell in cells for way in WAYS if cell.get(way)}
     seconds = {cell["seconds"] for cell in cells}
     runs = f"{' or '.join(map(str, sorted(repeats)))} runs of {' or '.join(f'{s:g}' for s in sorted(seconds))} s each"
-    return f"{results['machine']}; median of {runs}\n\n" + "\n".join(rows)
+    does = ", ".join(f"{name} {rate:.2g}" for name, rate in results.get("products", {}).items())
+    does = f"; products of 2048×2048 matrices, TFLOP/s: {does}" if does else ""
+    return f"{results['machine']}{does}; median of {runs}\n\n" + "\n".join(rows)
 
 
 def compare(results: dict, options: argparse.Namespace) -> Iterator[None]:
@@ -287,6 +301,7 @@ def compare(results: dict, options: argparse.Namespace) -> Iterator[None]:
     What is found goes into `results`, which is whole at every yield.
     """
     precision = du.pick_precision("auto", du.pick_device("auto"))
+    results["products"] = products(precision)
     for recipe in options.recipes:
         cell = results["recipes"].setdefault(recipe, {})
         cell |= {"precision": precision, "seconds": options.seconds}
@@ -323,7 +338,7 @@ def main() -> None:
     parser.add_argument(
         "--measure", choices=(*WAYS, "quality"), help=argparse.SUPPRESS
     )  # one measurement, in its own process
-    parser.add_argument("--layers", action="store_true", help="time the convolutions of stride 2 alone")
+    parser.add_argument("--layers", action="store_true", help="time the convolutions alone")
     options = parser.parse_args()
     if options.layers:
         du.keep_memory()

@@ -2,7 +2,7 @@
 
     python tools/variant_study.py precision     # float32 and half precision: do they end alike?
     python tools/variant_study.py target        # what DCGAN's G wants D to say, which its README leaves open
-    python tools/variant_study.py whole --recipes stable --images 38400  # as the first, but the recipes as they are
+    python tools/variant_study.py whole         # as the first, but the recipes as they are (DCGAN: --images 15360)
 
 Narrow networks (16 channels, `StableDCGAN` 8), `DCGAN` at 32×32, batches of 32 and five times the learning rates, so
 that a short run gets somewhere; one thread. *whole* is at full width, on all threads. Runs that are kept are not made

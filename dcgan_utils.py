@@ -986,7 +986,8 @@ def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
     """Return the same of grey images, or the convolution of stride 1 that `weight` is the transpose of."""
     k, (n, _, height, width) = weight.shape[2], x.shape
-    patches = weight.flatten(1).T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
+    taps = (weight.permute(0, 2, 3, 1) if stride == 2 else weight).flatten(1)  # its slope then lies as the weights do
+    patches = taps.T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
     exact = torch.promote_types(x.dtype, torch.float32)  # an image is a sum of up to k² of them
     mixed = patches.to(exact).view(k, k, n, height, width, 1, 1, 1)
     image = gather(mixed, identity(k), stride)[..., 0].to(x.dtype)

@@ -250,6 +250,18 @@ def test_grey_images_are_added_up_in_full_precision(stride):
     assert (mine.double() - exact).norm() < 1.75 * (other.double() - exact).norm()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN])
+def test_slopes_lie_in_memory_as_their_weights_do(kind, precision):
+    """DistributedDataParallel warns of others, and copies them."""
+    gan = kind(device="cpu", precision=precision)
+    with gan.autocast():
+        gan.discriminator(gan.generator(random(2, 100))).sum().backward()
+    for network in (gan.generator, gan.discriminator):
+        weights = [weight for weight in network.parameters() if weight.ndim == 4]
+        assert [weight.grad.stride() for weight in weights] == [weight.stride() for weight in weights]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_no_images_give_no_images(name):
     layer = LAYERS[name][0](128, 130)

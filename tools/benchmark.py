@@ -182,7 +182,7 @@ def quality(kind: type[du.GAN], seconds: float) -> dict[int, float]:
     return levels.reached
 
 
-def strided_layers(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
+def layers_with_a_choice(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
     """Yield those of a GAN's convolutions that have a choice, each with an input as it gets it."""
     shapes = {}
 
@@ -204,7 +204,7 @@ def strided_layers(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
 def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
     """Yield lines: milliseconds, forward and backward, of each layer in each way that it has; the ways take turns."""
     gan = kind()
-    for layer, x in strided_layers(gan):
+    for layer, x in layers_with_a_choice(gan):
         weight = layer.weight.transpose(0, 1) if isinstance(layer, du.Greying) else layer.weight
         grey = weight.shape[1] == 1
         times: dict[str, list[float]] = {way: [] for way in ("library", "patches" if grey else "winograd")}

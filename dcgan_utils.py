@@ -53,7 +53,7 @@ from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -599,11 +599,11 @@ class StableGenerator(nn.Module):
             norm(nn.BatchNorm1d, self.side**2 * 4 * w),
             nn.LeakyReLU(0.2),
         )
-        act = partial(nn.LeakyReLU, 0.2)
+        act, double = partial(nn.LeakyReLU, 0.2), partial(SameConvTranspose2d, mirrored=True)
         self.layers = nn.Sequential(
-            *hidden(SameConvTranspose2d(4 * w, 2 * w), norm(nn.BatchNorm2d, 2 * w), act(), dropout=config.dropout_G),
-            *hidden(SameConvTranspose2d(2 * w, w), norm(nn.BatchNorm2d, w), act(), dropout=config.dropout_G),
-            Greying(w, kernel_size=5, bias=config.start_at_background),  # (N, 1, 28, 28)
+            *hidden(double(4 * w, 2 * w), norm(nn.BatchNorm2d, 2 * w), act(), dropout=config.dropout_G),
+            *hidden(double(2 * w, w), norm(nn.BatchNorm2d, w), act(), dropout=config.dropout_G),
+            Greying(w, kernel_size=5, bias=config.start_at_background, mirrored=True),  # (N, 1, 28, 28)
             nn.Tanh(),
         )
         self.apply(init_glorot)
@@ -611,7 +611,7 @@ class StableGenerator(nn.Module):
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images (N, 1, S, S); labels are ignored."""
         x = self.dense(z).view(len(z), self.side, self.side, -1)  # TensorFlow's order: height, width, channels
-        return self.layers(x.permute(0, 3, 1, 2))
+        return mirror(self.layers(mirror(x.permute(0, 3, 1, 2))))
 
 
 class StableDiscriminator(nn.Module):
@@ -621,10 +621,10 @@ class StableDiscriminator(nn.Module):
         super().__init__()
         w = config.ndf
         self.layers = nn.Sequential(
-            SameConv2d(1, w),  # (N, 64, 14, 14)
+            SameConv2d(1, w, mirrored=True),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
             FastDropout(config.dropout_D),
-            SameConv2d(w, 2 * w),  # (N, 128, 7, 7)
+            SameConv2d(w, 2 * w, mirrored=True),  # (N, 128, 7, 7)
             nn.LeakyReLU(0.2),
             FastDropout(config.dropout_D),
         )
@@ -633,7 +633,8 @@ class StableDiscriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return logits (N,); labels are ignored."""
-        features = self.layers(images).permute(0, 2, 3, 1)  # TensorFlow flattens height, width, channels
+        features = mirror(self.layers(mirror(images)))
+        features = features.permute(0, 2, 3, 1)  # TensorFlow flattens height, width, channels
         return self.head(features.flatten(1)).squeeze(1)
 
 
@@ -831,63 +832,128 @@ class ProgressiveDiscriminator(Growing):
         return self.last(x).flatten()
 
 
-Matrix = Sequence[Sequence[float]]
-# Two neighbouring results of t taps by t + 1 products in place of 2 t (Winograd 1980; Lavin & Gray 2016 for t = 3):
-# what is mixed of pixels, of taps and of results. A stride of 2 makes kernel 4 one of 2×2 on blocks of 2×2 pixels, and
-# kernel 5, with a row and a column of zeros, one of 3×3.
-MINIMAL: dict[int, tuple[Matrix, Matrix, Matrix]] = {
-    4: (((1, -1, 0), (0, 1, 0), (0, -1, 1)), ((1, 0), (1, 1), (0, 1)), ((1, 0), (1, 1), (0, 1))),
-    5: (
-        ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1)),
-        ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1)),
-        ((1, 0), (1, 1), (1, -1), (0, -1)),
-    ),
-}
+class Ways(NamedTuple):
+    """How each pass through a convolution is made: "library", "patches" or "winograd", see PASSES."""
+
+    convolve: str
+    transpose: str
+    slope: str
 
 
-class Windows(torch.autograd.Function):
-    """Mix the entries of every window that slides along a dimension: mixed[p] = Σ_r matrix[p][r] · window[r].
+class Pass(torch.autograd.Function):
+    """Take one pass through a convolution with weights (A, B, k, k) between y (N, A, H, W) and x (N, B, sH, sW).
 
-    With the identity it only copies: a convolution is then one product of patches and weights. `WindowSum` is its
-    derivative, and the other way round, so that all that is made of them can be derived again and again.
+    convolve: x and weights to y, as PyTorch's Conv2d with stride s and padding (k - 1) // 2. transpose: y and weights
+    to x. slope: y and x to the derivative by the weights. Each is linear in both inputs, and they are one another's
+    derivatives: so every pass, there and back, goes the way that is quickest for it, and can be derived again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
-        """Return (P, …, n, …) for x (…, L, …): P mixtures of each of n windows, which begin `step` apart."""
-        ctx.how = matrix, dim, step
-        windows = x.unfold(dim, len(matrix[0]), step).unbind(-1)
-        mixed = x.new_empty(len(matrix), *windows[0].shape)
-        for place, weights in zip(mixed, matrix, strict=True):
-            write_sum(place, weights, windows)
-        return mixed
+    def forward(ctx: Any, task: str, first: Tensor, second: Tensor, k: int, stride: int, ways: Ways) -> Tensor:
+        """Return what the task makes of its two inputs."""
+        ctx.save_for_backward(first, second)
+        ctx.task, ctx.how = task, (k, stride, ways)
+        return PASSES[task][getattr(ways, task)](first, second, k, stride)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the derivative: each entry gathers what its windows say."""
-        return WindowSum.apply(slope, *ctx.how), None, None, None
+        """Return the derivatives by both inputs."""
+        first, second = ctx.saved_tensors
+        slope = slope.contiguous(memory_format=torch.channels_last)
+        asked = {
+            "convolve": (("transpose", slope, second), ("slope", slope, first)),
+            "transpose": (("convolve", slope, second), ("slope", first, slope)),
+            "slope": (("convolve", second, slope), ("transpose", first, slope)),
+        }[ctx.task]
+        needs = ctx.needs_input_grad[1:3]
+        found = [Pass.apply(*what, *ctx.how) if need else None for what, need in zip(asked, needs, strict=True)]
+        return None, *found, None, None, None
 
 
-class WindowSum(torch.autograd.Function):
-    """Give every mixture back to the entries of its window, and add up where windows overlap."""
+def convolve(x: Tensor, weight: Tensor, k: int, stride: int, bias: Tensor | None = None) -> Tensor:
+    """Return the library's convolution."""
+    return F.conv2d(x, weight, bias, stride, padding=(k - 1) // 2)
 
-    @staticmethod
-    def forward(ctx: Any, mixed: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
-        """Return (…, L, …) for mixtures (P, …, n, …)."""
-        ctx.how = matrix, dim, step
-        shape, n, size = list(mixed.shape[1:]), mixed.shape[dim + 1], len(matrix[0])
-        shape[dim] = (n - 1) * step + size
-        total = mixed.new_empty(shape)
-        total.narrow(dim, n * step, size - step).zero_()  # none but the last windows reach there
-        places = total.unfold(dim, size, step).unbind(-1)
-        for r, (place, weights) in enumerate(zip(places, zip(*matrix, strict=True), strict=True)):
-            write_sum(place, weights, mixed.unbind(), add=r >= step)
-        return total
 
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the derivative: each window mixes its part of the slope."""
-        return Windows.apply(slope, *ctx.how), None, None, None
+def transpose(y: Tensor, weight: Tensor, k: int, stride: int, bias: Tensor | None = None) -> Tensor:
+    """Return the library's transposed convolution."""
+    padding = (k - 1) // 2
+    return F.conv_transpose2d(y, weight, bias, stride, padding, output_padding=stride + 2 * padding - k)
+
+
+def weight_slope(y: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+    """Return the library's derivative by the weights."""
+    return torch.nn.grad.conv2d_weight(x, (y.shape[1], x.shape[1], k, k), y, stride, padding=(k - 1) // 2)
+
+
+def surround(x: Tensor, k: int, stride: int) -> Tensor:
+    """Return x (N, H, W, …) with the zeros around it that a convolution sees."""
+    before = (k - 1) // 2
+    after = k - stride - before
+    return F.pad(x, (0, 0) * (x.ndim - 3) + (before, after, before, after))
+
+
+def patches(x: Tensor, k: int, stride: int) -> Tensor:
+    """Return the k×k patches of maps (N, B, sH, sW) as a matrix (N·H·W, k²·B)."""
+    if x.shape[1] > 1:
+        cut = surround(x.permute(0, 2, 3, 1), k, stride).unfold(1, k, stride).unfold(2, k, stride)
+        return cut.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(0, 2)
+    columns = windows(surround(x[:, 0], k, stride), identity(k), 2, stride)
+    return windows(columns, identity(k), 2, stride).flatten(2).flatten(0, 1).T  # a tap's pixels stand together
+
+
+def as_rows(y: Tensor) -> Tensor:
+    """Return maps (N, A, H, W) as a matrix (N·H·W, A)."""
+    return y.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def convolve_by_patches(x: Tensor, weight: Tensor, k: int, stride: int) -> Tensor:
+    """Return the convolution as one product of patches and weights."""
+    pixels = patches(x, k, stride) @ weight.permute(0, 2, 3, 1).flatten(1).T
+    height, width = (side // stride for side in x.shape[2:])
+    return pixels.view(len(x), height, width, len(weight)).permute(0, 3, 1, 2)
+
+
+def transpose_by_patches(y: Tensor, weight: Tensor, k: int, stride: int) -> Tensor:
+    """Return grey images (N, 1, sH, sW), each pixel the sum of what up to k² patches say."""
+    n, _, height, width = y.shape
+    said = weight.flatten(1).T @ as_rows(y).T  # (k², N·H·W)
+    exact = torch.promote_types(said.dtype, torch.float32)
+    columns = window_sum(said.to(exact).view(k, k, n, height, width), identity(k), 2, stride)
+    image, before = window_sum(columns, identity(k), 2, stride).to(said.dtype), (k - 1) // 2
+    return image[:, None, before : before + stride * height, before : before + stride * width].contiguous()
+
+
+def slope_by_patches(y: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+    """Return the derivative by the weights as one product of maps and patches."""
+    return (as_rows(y).T @ patches(x, k, stride)).unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
+
+
+def windows(x: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
+    """Mix the entries of every window that slides along a dimension: mixed[p] = Σ_r matrix[p][r] · window[r].
+
+    Return (P, …, n, …) for x (…, L, …): P mixtures of each of n windows, which begin `step` apart.
+    """
+    parts = x.unfold(dim, len(matrix[0]), step).unbind(-1)
+    mixed = x.new_empty(len(matrix), *parts[0].shape)
+    for place, weights in zip(mixed, matrix, strict=True):
+        write_sum(place, weights, parts)
+    return mixed
+
+
+def window_sum(mixed: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
+    """Give every mixture back to the entries of its window, and add up where windows overlap: `windows` transposed.
+
+    Return (…, L, …) for mixtures (P, …, n, …).
+    """
+    shape, n, size = list(mixed.shape[1:]), mixed.shape[dim + 1], len(matrix[0])
+    shape[dim] = (n - 1) * step + size
+    total = mixed.new_empty(shape)
+    total.narrow(dim, n * step, size - step).zero_()  # none but the last windows reach there
+    places = total.unfold(dim, size, step).unbind(-1)
+    for r, (place, weights) in enumerate(zip(places, zip(*matrix, strict=True), strict=True)):
+        write_sum(place, weights, mixed.unbind(), add=r >= step)
+    return total
 
 
 def write_sum(place: Tensor, weights: Sequence[float], parts: Sequence[Tensor], add: bool = False) -> None:
@@ -906,37 +972,110 @@ def write_sum(place: Tensor, weights: Sequence[float], parts: Sequence[Tensor], 
         place.add_(part, alpha=weight)
 
 
+Matrix = Sequence[Sequence[float]]
+# Two neighbouring results of two taps by three products in place of four (Winograd 1980; Lavin & Gray 2016): what is
+# mixed of pixels, of taps and of results. A stride of 2 makes kernel 4 one of 2×2 on blocks of 2×2 pixels.
+MINIMAL: tuple[Matrix, Matrix, Matrix] = (
+    ((1, -1, 0), (0, 1, 0), (0, -1, 1)),
+    ((1, 0), (1, 1), (0, 1)),
+    ((1, 0), (1, 1), (0, 1)),
+)
+
+
 def spread(x: Tensor, matrix: Matrix, unit: int = 1) -> Tensor:
-    """Return the mixtures (P, P, N, J, K, u, u, C) of x (N, H, W, C) in windows of u×u blocks, two blocks apart."""
-    blocks = x.unflatten(1, (-1, unit)).unflatten(3, (-1, unit))  # (N, H/u, u, W/u, u, C)
-    columns = Windows.apply(blocks, matrix, 3, 2)  # (P, N, H/u, u, K, u, C)
-    return Windows.apply(columns.transpose(3, 4), matrix, 2, 2)
+    """Return the mixtures (P, P, J, K, N, u, u, C) of x (N, H, W, C) in windows of u×u blocks, two blocks apart."""
+    blocks = x.unflatten(1, (-1, unit)).unflatten(3, (-1, unit)).permute(1, 3, 0, 2, 4, 5)  # (H/u, W/u, N, u, u, C)
+    return windows(windows(blocks, matrix, 1, 2), matrix, 1, 2)  # images and maps in a row: sums run along them
 
 
-def gather(mixed: Tensor, matrix: Matrix, step: int = 2) -> Tensor:
+def gather(mixed: Tensor, matrix: Matrix) -> Tensor:
     """Undo the cutting of `spread`: every mixture goes back to its window in (N, H, W, C), and overlaps add up."""
-    columns = WindowSum.apply(mixed, matrix, 2, step)  # (P, N, H/u, K, u, u, C)
-    return WindowSum.apply(columns.transpose(3, 4), matrix, 3, step).flatten(3, 4).flatten(1, 2)
+    columns = window_sum(mixed, matrix, 1, 2).permute(0, 3, 1, 4, 2, 5, 6)  # (P, N, H/u, u, K, u, C)
+    return window_sum(columns, matrix, 3, 2).flatten(3, 4).flatten(1, 2)
 
 
 def as_matrices(mixed: Tensor) -> Tensor:
-    """Return mixtures (P, P, N, J, K, u, u, C) as P² matrices (N·J·K, u²·C)."""
+    """Return mixtures (P, P, J, K, N, u, u, C) as P² matrices (J·K·N, u²·C)."""
     return mixed.flatten(5).flatten(2, 4).flatten(0, 1)
 
 
-def quickest_way(x: Tensor, weight: Tensor) -> str:
-    """Return how a convolution with weights (A, B, k, k) between B maps of an image and A of half its side is quickest.
+def mixed_pixels(x: Tensor) -> Tensor:
+    """Return what Winograd's products take of maps (N, B, 2H, 2W): (P, P, J, K, N, 2, 2, B), J = ⌈H/2⌉."""
+    below, right = (1 + side % 4 for side in x.shape[2:])  # results come in pairs
+    return spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)), MINIMAL[0], unit=2)
 
-    "patches" where the image is grey; where channels are many "winograd", which has fewer products but moves and keeps
-    more memory, so with kernel 5 for bf16 only; else "library". On a CPU, with channels last, and meant for batches of
-    32 and more: `python tools/benchmark.py --layers` times every way.
+
+def mixed_results(y: Tensor) -> Tensor:
+    """Return what they take of maps (N, A, H, W), or give the derivatives of: (P, P, J, K, N, 1, 1, A)."""
+    below, right = (side % 2 for side in y.shape[2:])
+    y = y.permute(0, 2, 3, 1)
+    return spread(F.pad(y, (0, 0, 0, right, 0, below)) if right or below else y, MINIMAL[2])
+
+
+def mixed_taps(weight: Tensor) -> Tensor:
+    """Return what they take of weights (A, B, 4, 4): P² matrices (A, 4B)."""
+    return as_matrices(spread(weight.permute(0, 2, 3, 1), MINIMAL[1], unit=2))
+
+
+def convolve_by_winograd(x: Tensor, weight: Tensor, k: int, stride: int) -> Tensor:
+    """Return the convolution of kernel 4 and stride 2 by 9 products in place of 16, see MINIMAL."""
+    (height, width), seen = (side // 2 for side in x.shape[2:]), mixed_pixels(x)
+    products = as_matrices(seen) @ mixed_taps(weight).mT
+    image = gather(products.view(*seen.shape[:5], 1, 1, len(weight)), MINIMAL[2])
+    return image[:, :height, :width].contiguous().permute(0, 3, 1, 2)
+
+
+def transpose_by_winograd(y: Tensor, weight: Tensor, k: int, stride: int) -> Tensor:
+    """Return the transposed convolution of kernel 4 and stride 2 likewise."""
+    (height, width), seen = y.shape[2:], mixed_results(y)
+    products = as_matrices(seen) @ mixed_taps(weight)
+    image = gather(products.view(*seen.shape[:5], 2, 2, weight.shape[1]), MINIMAL[0])
+    return image[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].contiguous().permute(0, 3, 1, 2)
+
+
+def slope_by_winograd(y: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+    """Return the derivative by the weights of kernel 4 and stride 2 likewise."""
+    products = as_matrices(mixed_results(y)).mT @ as_matrices(mixed_pixels(x))
+    return gather(products.view(3, 3, 1, 1, y.shape[1], 2, 2, x.shape[1]), MINIMAL[1]).permute(0, 3, 1, 2)
+
+
+PASSES: dict[str, dict[str, Callable[[Tensor, Tensor, int, int], Tensor]]] = {
+    "convolve": {"library": convolve, "patches": convolve_by_patches, "winograd": convolve_by_winograd},
+    "transpose": {"library": transpose, "patches": transpose_by_patches, "winograd": transpose_by_winograd},
+    "slope": {"library": weight_slope, "patches": slope_by_patches, "winograd": slope_by_winograd},
+}
+LIBRARY, PATCHES, WINOGRAD = Ways(*["library"] * 3), Ways(*["patches"] * 3), Ways(*["winograd"] * 3)
+
+
+def quickest_ways(x: Tensor, weight: Tensor) -> Ways:
+    """Return how each pass through a convolution with weights (A, B, k, k), x its input of A or B maps, is quickest.
+
+    Patches where the image is grey; Winograd's fewer products where kernel 4 joins many channels. With AMX products
+    cost little, and what is moved counts: there small maps take patches where the library is slow. Else, on other
+    devices and with other memory formats: the library. Meant for batches of 32 and more: `python tools/benchmark.py
+    --layers` times every way.
     """
     narrow, k = min(weight.shape[:2]), weight.shape[2]
     last = x.is_contiguous(memory_format=torch.channels_last)
     if x.device.type != "cpu" or not last or torch.compiler.is_compiling():
-        return "library"
-    wide = narrow * k**2 >= 2000 and (k == 4 or x.dtype == torch.bfloat16)
-    return "patches" if weight.shape[1] == 1 else "winograd" if wide else "library"
+        return LIBRARY
+    if weight.shape[1] == 1:
+        return PATCHES
+    if x.dtype == torch.bfloat16 and has_amx():
+        side = min(x.shape[2:]) // (1 if x.shape[1] == weight.shape[0] else 2)  # of the smaller maps
+        wide = (
+            Ways("patches", "winograd", "winograd")
+            if k == 4 and narrow >= 250
+            else Ways("patches", "library", "patches")
+        )
+        return wide if side <= 8 and narrow >= 64 else LIBRARY
+    return WINOGRAD if k == 4 and narrow >= 125 else LIBRARY
+
+
+@functools.cache
+def has_amx() -> bool:
+    """Return whether this CPU has units for whole products of bf16 matrices."""
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
 def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -947,130 +1086,68 @@ def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 
 
-def halve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the library's convolution of stride 2, x padded by one pixel before and k - 3 after."""
-    if weight.shape[2] == 4:
-        return F.conv2d(x, weight, bias, stride=2, padding=1)
-    return F.conv2d(F.pad(x, (1, 2, 1, 2)), weight, bias, stride=2)
-
-
-def halve_by_patches(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the same of grey images, as one product of their k×k patches and the weights."""
-    k = weight.shape[2]
-    patches = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, k - 3, 1, k - 3)), identity(k))
-    pixels = as_matrices(patches).squeeze(2).T @ weight.permute(0, 2, 3, 1).flatten(1).T
-    return pixels.unflatten(0, patches.shape[2:5]).permute(0, 3, 1, 2)
-
-
-def halve_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the same by fewer products, see MINIMAL: 9 in place of 16 for kernel 4, 16 of 25 for kernel 5."""
-    (pixels, taps, results), (height, width) = MINIMAL[weight.shape[2]], (side // 2 for side in x.shape[2:])
-    right, below = (2 * len(taps[0]) - 3 + 2 * (side % 2) for side in (width, height))
-    seen = spread(F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, right, 1, below)), pixels, unit=2)
-    products = as_matrices(seen) @ as_matrices(spread_weights(weight)).mT
-    image = gather(products.view(*seen.shape[:5], 1, 1, len(weight)), results)
-    return image[:, :height, :width].contiguous().permute(0, 3, 1, 2)
-
-
-def double(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return the library's transposed convolution of stride 2, cropped by one pixel before and k - 3 after."""
-    if weight.shape[2] == 4:
-        return F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # a row of zeros more, and both ends are cropped alike
-        return F.conv_transpose2d(x, F.pad(weight, (1, 0, 1, 0)), bias, stride=2, padding=2)
-    full = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    # BatchNorm takes five times as long on the view that a crop leaves
-    return full[:, :, :-1, :-1].contiguous(memory_format=torch.channels_last)
-
-
-def double_by_patches(x: Tensor, weight: Tensor, stride: int = 2) -> Tensor:
-    """Return the same of grey images, or the convolution of stride 1 that `weight` is the transpose of."""
-    k, (n, _, height, width) = weight.shape[2], x.shape
-    taps = (weight.permute(0, 2, 3, 1) if stride == 2 else weight).flatten(1)  # its slope then lies as the weights do
-    patches = taps.T @ x.permute(1, 0, 2, 3).flatten(1)  # (k², N·H·W): what each pixel gives around it
-    exact = torch.promote_types(x.dtype, torch.float32)  # an image is a sum of up to k² of them
-    mixed = patches.to(exact).view(k, k, n, height, width, 1, 1, 1)
-    image = gather(mixed, identity(k), stride)[..., 0].to(x.dtype)
-    before = 1 if stride == 2 else k // 2
-    return image[:, None, before : before + stride * height, before : before + stride * width].contiguous()
-
-
-def double_by_winograd(x: Tensor, weight: Tensor) -> Tensor:
-    """Return the same by fewer products; it and `halve_by_winograd` are each other's derivative."""
-    (pixels, _, results), (height, width) = MINIMAL[weight.shape[2]], x.shape[2:]
-    seen = spread(pad_after(x.permute(0, 2, 3, 1), height % 2, width % 2), results)
-    products = as_matrices(seen) @ as_matrices(spread_weights(weight))
-    image = gather(products.view(*seen.shape[:5], 2, 2, weight.shape[1]), pixels)
-    return image[:, 1 : 1 + 2 * height, 1 : 1 + 2 * width].contiguous().permute(0, 3, 1, 2)
-
-
-def spread_weights(weight: Tensor) -> Tensor:
-    """Return what Winograd's products take of weights (A, B, k, k): (P, P, A, 1, 1, 2, 2, B)."""
-    taps, odd = MINIMAL[weight.shape[2]][1], weight.shape[2] % 2
-    return spread(pad_after(weight.permute(0, 2, 3, 1), odd, odd), taps, unit=2)
-
-
-def pad_after(x: Tensor, rows: int, columns: int) -> Tensor:
-    """Return x (N, H, W, C) with rows and columns of zeros at its end; F.pad copies even where there are none."""
-    return F.pad(x, (0, 0, 0, columns, 0, rows)) if rows or columns else x
-
-
 def identity(size: int) -> Matrix:
     """Return the identity matrix: a window's mixtures are its entries."""
     return torch.eye(size).tolist()
 
 
 class Doubling(nn.ConvTranspose2d):
-    """Double the side: a transposed convolution of stride 2, kernel 4 (Radford et al. 2015) or 5.
-
-    It crops one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does.
-    """
+    """Double the side: a transposed convolution of stride 2, kernel 4 (Radford et al. 2015) or 5."""
 
     def __init__(self, wide: int, narrow: int, kernel_size: int = 4, bias: bool = False) -> None:
-        super().__init__(wide, narrow, kernel_size, stride=2, padding=1, bias=bias)
+        how = {"stride": 2, "padding": (kernel_size - 1) // 2, "output_padding": kernel_size % 2, "bias": bias}
+        super().__init__(wide, narrow, kernel_size, **how)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
-        way = quickest_way(x, self.weight)
-        if way == "library":
-            return double(x, self.weight, self.bias)
-        x, weight, bias = half_precision(x, self.weight, self.bias)
-        image = (double_by_patches if way == "patches" else double_by_winograd)(x, weight)
-        return image if bias is None else image + bias[:, None, None]
+        return passed("transpose", x, self.kernel(), self.bias, 2)
+
+    def kernel(self) -> Tensor:
+        """Return the weights as they meet the maps."""
+        return self.weight
 
 
 class Halving(nn.Conv2d):
-    """Halve the side: a convolution of stride 2, kernel 4 (Radford et al. 2015) or 5.
-
-    It pads one pixel before and k - 3 after: with kernel 5 as TensorFlow's "same" does.
-    """
+    """Halve the side: a convolution of stride 2, kernel 4 (Radford et al. 2015) or 5."""
 
     def __init__(self, narrow: int, wide: int, kernel_size: int = 4, bias: bool = False) -> None:
-        super().__init__(narrow, wide, kernel_size, stride=2, padding=1 if kernel_size == 4 else 0, bias=bias)
+        super().__init__(narrow, wide, kernel_size, stride=2, padding=(kernel_size - 1) // 2, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, wide, H/2, W/2) for x (N, narrow, H, W)."""
-        way, odd = quickest_way(x, self.weight), x.shape[2] % 2 or x.shape[3] % 2
-        if way == "library" or odd:
-            return halve(x, self.weight, self.bias)
-        x, weight, bias = half_precision(x, self.weight, self.bias)
-        image = (halve_by_patches if way == "patches" else halve_by_winograd)(x, weight)
-        return image if bias is None else image + bias[:, None, None]
+        return passed("convolve", x, self.kernel(), self.bias, 2)
+
+    kernel = Doubling.kernel
 
 
 class Greying(nn.Conv2d):
-    """Make one grey map of many by a convolution that keeps the side."""
+    """Make one grey map of many by a convolution that keeps the side; mirrored: the maps are so, see SameConv2d."""
 
-    def __init__(self, wide: int, kernel_size: int, bias: bool = False) -> None:
+    def __init__(self, wide: int, kernel_size: int, bias: bool = False, mirrored: bool = False) -> None:
         super().__init__(wide, 1, kernel_size, padding=kernel_size // 2, bias=bias)
+        self.mirrored = mirrored
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, 1, H, W) for x (N, wide, H, W)."""
-        if quickest_way(x, self.weight.transpose(0, 1)) == "library":
-            return super().forward(x)
-        x, weight, bias = half_precision(x, self.weight, self.bias)
-        image = double_by_patches(x, weight.flip(2, 3).transpose(0, 1), stride=1)
-        return image if bias is None else image + bias
+        taps = (self.weight if self.mirrored else mirror(self.weight)).transpose(0, 1)  # of what it is the transpose of
+        if quickest_ways(x, taps) == LIBRARY:
+            return convolve(x, mirror(self.weight) if self.mirrored else self.weight, self.kernel_size[0], 1, self.bias)
+        return passed("transpose", x, taps, self.bias, 1)
+
+
+def passed(task: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """Return what a layer makes of x: a pass in the quickest way, in the precision that autocast asks for."""
+    x, weight, bias = half_precision(x, weight, bias)
+    ways, k, odd = quickest_ways(x, weight), weight.shape[2], x.shape[2] % stride or x.shape[3] % stride
+    if ways == LIBRARY or (odd and task == "convolve"):
+        return (convolve if task == "convolve" else transpose)(x, weight, k, stride, bias)
+    maps = Pass.apply(task, x, weight, k, stride, ways)
+    return maps if bias is None else maps + bias[:, None, None]
+
+
+def mirror(x: Tensor) -> Tensor:
+    """Return maps or kernels upside down and left to right."""
+    return x.flip(2, 3)
 
 
 class FromPoint(nn.ConvTranspose2d):
@@ -1101,21 +1178,20 @@ def hidden(*layers: nn.Module, dropout: float) -> list[nn.Module]:
 
 
 class FastDropout(nn.Dropout):
-    """Drop activations by 16-bit random numbers on a CPU, where torch's own draw takes nearly three times as long."""
+    """Drop activations by NumPy's 16-bit random numbers on a CPU: torch's own draw takes several times as long."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x with the share p set to 0, to a 65,536th, and the rest scaled up so that the mean stays."""
-        if not self.training or not self.p or x.device.type != "cpu":
+        if not self.training or not self.p or x.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(x)
         kept = min(max(1, round((1 - self.p) * 65536)), 65535)
-        words = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64)
-        words.random_(-(2**63), None)  # whole words, which needs no division
-        draw = words.view(torch.int16)[: x.numel()]
+        rng = np.random.Generator(np.random.SFC64(int(torch.randint(2**63 - 1, ()))))  # torch's seed decides
+        words = rng.integers(-(2**63), 2**63 - 1, math.ceil(x.numel() / 4), np.int64, endpoint=True)
+        draw = torch.from_numpy(words).view(torch.int16)[: x.numel()]
+        mask = draw.lt_(kept - 32768).to(x.dtype).mul_(65536 / kept)  # in place: a result of bool would be slower
         if x.is_contiguous(memory_format=torch.channels_last) and x.ndim == 4:
-            draw = draw.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
-        # as uint8, of which torch makes other types faster than of bool
-        mask = (draw.view_as(x) < kept - 32768).view(torch.uint8).to(x.dtype)
-        return x * mask.mul_(65536 / kept)
+            mask = mask.view(x.shape[0], x.shape[2], x.shape[3], x.shape[1]).permute(0, 3, 1, 2)
+        return x * mask.view_as(x)
 
 
 def dcgan_widths(image_size: int, base: int) -> list[int]:
@@ -1125,17 +1201,37 @@ def dcgan_widths(image_size: int, base: int) -> list[int]:
 
 
 class SameConvTranspose2d(Doubling):
-    """Double the side as TensorFlow's Conv2DTranspose(k5, s2, "same") does."""
+    """Double the side as TensorFlow's Conv2DTranspose(k5, s2, "same") does: it crops 1 pixel before and 2 after.
 
-    def __init__(self, wide: int, narrow: int) -> None:
+    PyTorch crops 2 and 1, which is the same on mirrored maps with a mirrored kernel; another way would be a copy of
+    all maps. mirrored: x is so already, and the result stays so.
+    """
+
+    def __init__(self, wide: int, narrow: int, mirrored: bool = False) -> None:
         super().__init__(wide, narrow, kernel_size=5)
+        self.mirrored = mirrored
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, narrow, 2H, 2W) for x (N, wide, H, W)."""
+        return super().forward(x) if self.mirrored else mirror(super().forward(mirror(x)))
+
+    def kernel(self) -> Tensor:
+        """Return the kernel for mirrored maps."""
+        return mirror(self.weight)
 
 
 class SameConv2d(Halving):
-    """Halve the side as TensorFlow's Conv2D(k5, s2, "same") does."""
+    """Halve the side as TensorFlow's Conv2D(k5, s2, "same") does: it pads 1 pixel before and 2 after; see above."""
 
-    def __init__(self, narrow: int, wide: int) -> None:
+    def __init__(self, narrow: int, wide: int, mirrored: bool = False) -> None:
         super().__init__(narrow, wide, kernel_size=5, bias=True)
+        self.mirrored = mirrored
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (N, wide, H/2, W/2) for x (N, narrow, H, W)."""
+        return super().forward(x) if self.mirrored else mirror(super().forward(mirror(x)))
+
+    kernel = SameConvTranspose2d.kernel
 
 
 def tensorflow_batch_norm(kind: type[nn.Module], features: int) -> nn.Module:

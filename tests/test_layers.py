@@ -25,7 +25,7 @@ def random(*shape, seed=0, dtype=torch.float32):
 def library(monkeypatch):
     """Note which of the library's convolutions are asked."""
     asked = []
-    for place, name in ((nn.Conv2d, "forward"), (nn.ConvTranspose2d, "forward"), (du, "halve"), (du, "double")):
+    for place, name in ((nn.Conv2d, "forward"), (nn.ConvTranspose2d, "forward"), (du, "convolve"), (du, "transpose")):
         theirs = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *x, theirs=theirs, name=name: (asked.append(name), theirs(*x))[1])
     return asked
@@ -35,10 +35,9 @@ def library(monkeypatch):
 MATRICES = {
     "identity": du.identity(3),
     "one row": ((0.0, 2.0),),
-    "pixels of kernel 4": du.MINIMAL[4][0],
-    "pixels of kernel 5": du.MINIMAL[5][0],
-    "taps of kernel 5": du.MINIMAL[5][1],
-    "results": du.MINIMAL[5][2],
+    "pixels": du.MINIMAL[0],
+    "taps": du.MINIMAL[1],
+    "three of two, with halves": ((1, 0.5), (-1, 0), (0, 0.25)),
 }
 
 
@@ -50,60 +49,51 @@ def test_windows_are_mixed_as_the_matrix_says(name, step, dim):
     shape = [3, 4, 2]
     shape[dim] = 3 * step + matrix.shape[1]
     x = random(*shape)
-    mixed = du.Windows.apply(x, MATRICES[name], dim, step)
+    mixed = du.windows(x, MATRICES[name], dim, step)
     expected = torch.einsum("pr,...r->p...", matrix, x.unfold(dim, matrix.shape[1], step))
     assert mixed.shape == expected.shape
     assert mixed.shape[1 + dim] == 4  # windows
     assert torch.allclose(mixed, expected, atol=1e-6)
-    back, other = du.WindowSum.apply(random(*mixed.shape, seed=1), MATRICES[name], dim, step), random(*shape, seed=2)
+    back, other = du.window_sum(random(*mixed.shape, seed=1), MATRICES[name], dim, step), random(*shape, seed=2)
     assert back.shape == x.shape
-    one = (du.Windows.apply(other, MATRICES[name], dim, step) * random(*mixed.shape, seed=1)).sum()
+    one = (du.windows(other, MATRICES[name], dim, step) * random(*mixed.shape, seed=1)).sum()
     assert one.item() == pytest.approx((other * back).sum().item(), rel=1e-4)  # each is the other's transpose
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_windows_have_their_first_and_second_derivatives(name):
-    matrix = MATRICES[name]
-    x = random(2, 4 + len(matrix[0]), 2, dtype=torch.float64).requires_grad_()
-    mixed = du.Windows.apply(x, matrix, 1, 2).detach().requires_grad_()
-    for function, value in ((du.Windows.apply, x), (du.WindowSum.apply, mixed)):
-        assert torch.autograd.gradcheck(lambda x, f=function: f(x, matrix, 1, 2), value)
-        assert torch.autograd.gradgradcheck(lambda x, f=function: f(x, matrix, 1, 2), value)
 
 
 def test_what_no_window_reaches_is_nothing():
     """Memory that was another tensor's does not shine through."""
     mixed = torch.full((2, 1, 3), float("nan"))
     mixed[:, :, :2] = 1
-    assert du.WindowSum.apply(mixed[:, :, :2], du.identity(2), 1, 1).tolist() == [[1, 2, 1]]
-    total = du.WindowSum.apply(torch.ones(3, 1, 2), ((1, 0, 0), (0, 1, 0), (0, 0, 0)), 1, 2)
+    assert du.window_sum(mixed[:, :, :2], du.identity(2), 1, 1).tolist() == [[1, 2, 1]]
+    total = du.window_sum(torch.ones(3, 1, 2), ((1, 0, 0), (0, 1, 0), (0, 0, 0)), 1, 2)
     assert total.tolist() == [[1, 1, 1, 1, 0]]
 
 
-@pytest.mark.parametrize("t", [2, 3])
-def test_the_minimal_filters_are_those_of_the_paper(t):
-    """Two results of t taps by t + 1 products, for any pixels and taps (Lavin & Gray 2016, eq. 5)."""
-    pixels, taps, results = (torch.tensor(matrix) for matrix in du.MINIMAL[t + 2])
-    assert pixels.shape == (t + 1, t + 1)
-    d, g = random(t + 1, dtype=torch.float64), random(t, seed=1, dtype=torch.float64)
+def test_the_minimal_filter_is_that_of_the_paper():
+    """Two results of two taps by three products, for any pixels and taps (Lavin & Gray 2016, eq. 5, for two taps)."""
+    pixels, taps, results = (torch.tensor(matrix) for matrix in du.MINIMAL)
+    assert pixels.shape == (3, 3)
+    d, g = random(3, dtype=torch.float64), random(2, seed=1, dtype=torch.float64)
     found = results.double().T @ ((pixels.double() @ d) * (taps.double() @ g))
-    assert torch.allclose(found, d.unfold(0, t, 1) @ g)
+    assert torch.allclose(found, d.unfold(0, 2, 1) @ g)
 
 
 # ----------------------------------------------------------------------------------------------- the convolutions
 def halving(x, weight, bias=None):
     """Return what the library makes of a convolution that halves the side."""
-    after = weight.shape[-1] - 3
-    return F.conv2d(F.pad(x, (1, after, 1, after)), weight, bias, stride=2)
+    return F.conv2d(x, weight, bias, stride=2, padding=(weight.shape[-1] - 1) // 2)
 
 
 def doubling(x, weight, bias=None):
     """Return what the library makes of a transposed convolution that doubles the side."""
-    full = F.conv_transpose2d(x, weight, bias, stride=2, padding=1)
-    return full[:, :, : 2 * x.shape[2], : 2 * x.shape[3]]
+    before = (weight.shape[-1] - 1) // 2
+    full = F.conv_transpose2d(x, weight, bias, stride=2)
+    return full[:, :, before : before + 2 * x.shape[2], before : before + 2 * x.shape[3]]
 
 
 LAYERS = {"halve": (du.Halving, halving), "double": (du.Doubling, doubling)}
+MIXED = du.Ways("patches", "winograd", "patches")
+SMALL = du.Ways("patches", "library", "patches")
 
 
 def compare(layer, theirs, x):
@@ -112,7 +102,7 @@ def compare(layer, theirs, x):
     for function in (layer, lambda x: theirs(x, layer.weight, layer.bias)):
         out = function(x)
         slopes = torch.autograd.grad(out.square().sum(), (x, *layer.parameters()), create_graph=True)
-        again = torch.autograd.grad(slopes[0].square().sum(), layer.weight)
+        again = torch.autograd.grad(slopes[0].square().sum() + slopes[1].square().sum(), (x, layer.weight))
         found.append((out, *slopes, *again))
     for mine, other in zip(*found, strict=True):
         assert mine.shape == other.shape
@@ -122,18 +112,19 @@ def compare(layer, theirs, x):
 
 @pytest.mark.parametrize("weights_last", [False, True])
 @pytest.mark.parametrize("size", [(2, 2), (4, 6), (8, 8)])
-@pytest.mark.parametrize("k", [4, 5])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    ("name", "first", "second", "way"),
+    ("name", "first", "second", "k", "ways"),
     [
-        ("halve", 130, 128, "winograd"), ("halve", 128, 200, "winograd"), ("double", 128, 130, "winograd"),
-        ("double", 200, 128, "winograd"), ("halve", 1, 3, "patches"), ("double", 3, 1, "patches"),
-        ("double", 1, 1, "patches"),
+        ("halve", 13, 12, 4, du.WINOGRAD), ("double", 12, 13, 4, du.WINOGRAD), ("halve", 12, 20, 4, MIXED),
+        ("double", 20, 12, 4, MIXED), ("halve", 12, 20, 4, SMALL), ("double", 20, 12, 4, SMALL),
+        ("halve", 12, 20, 5, SMALL), ("double", 20, 12, 5, SMALL), ("halve", 1, 3, 4, du.PATCHES),
+        ("halve", 1, 3, 5, du.PATCHES), ("double", 3, 1, 4, du.PATCHES), ("double", 3, 1, 5, du.PATCHES),
+        ("double", 1, 1, 5, du.PATCHES),
     ],
 )  # fmt: skip
-def test_wide_and_grey_layers_are_the_librarys_convolution(
-    name, first, second, way, bias, k, size, weights_last, library, monkeypatch
+def test_every_way_is_the_librarys_convolution(
+    name, first, second, k, ways, bias, size, weights_last, library, monkeypatch
 ):
     make_layer, theirs = LAYERS[name]
     torch.manual_seed(0)
@@ -141,37 +132,63 @@ def test_wide_and_grey_layers_are_the_librarys_convolution(
     if weights_last:
         layer = layer.to(memory_format=LAST)
     x = random(2, first, *size).contiguous(memory_format=LAST).requires_grad_()
-    if k == 4:
-        assert du.quickest_way(x, layer.weight) == way
-    monkeypatch.setattr(du, "quickest_way", lambda *_: way)
+    monkeypatch.setattr(du, "quickest_ways", lambda *_: ways)
     out = compare(layer, theirs, x)
     assert not library
     assert out.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("task", du.PASSES)
+@pytest.mark.parametrize(("a", "b", "ways"), [(3, 2, du.WINOGRAD), (3, 2, SMALL), (3, 1, du.PATCHES)])
+def test_the_three_passes_are_one_anothers_derivatives(task, a, b, ways, monkeypatch):
+    last = partial(torch.Tensor.contiguous, memory_format=LAST)
+    x, y, weight = (random(*shape, seed=i, dtype=torch.float64) for i, shape in
+                    enumerate(((2, b, 4, 6), (2, a, 2, 3), (a, b, 4, 4))))  # fmt: skip
+    pair = {"convolve": (x, weight), "transpose": (y, weight), "slope": (y, x)}[task]
+    pair = [last(tensor).requires_grad_() for tensor in pair]
+    assert torch.autograd.gradcheck(lambda *pair: du.Pass.apply(task, *pair, 4, 2, ways), pair)
+    assert torch.autograd.gradgradcheck(lambda *pair: du.Pass.apply(task, *pair, 4, 2, ways), pair)
+    asked = []
+    for name, functions in du.PASSES.items():
+        for way, function in functions.items():
+            noted = lambda *x, name=name, function=function: (asked.append(name), function(*x))[1]  # noqa: E731
+            monkeypatch.setitem(functions, way, noted)
+    for frozen in (0, 1):  # and what nobody asks for is not made
+        given = [tensor.detach().requires_grad_(i != frozen) for i, tensor in enumerate(pair)]
+        made = du.Pass.apply(task, *given, 4, 2, ways)
+        asked.clear()
+        made.sum().backward()
+        assert len(asked) == 1
+        assert given[frozen].grad is None
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("k", [3, 5])
-def test_a_grey_map_of_many_is_the_librarys_convolution(k, bias, library):
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_grey_map_of_many_is_the_librarys_convolution(k, bias, mirrored, library):
     torch.manual_seed(0)
-    layer = du.Greying(6, kernel_size=k, bias=bias)
+    layer = du.Greying(6, kernel_size=k, bias=bias, mirrored=mirrored)
     x = random(2, 6, 5, 8).contiguous(memory_format=LAST).requires_grad_()
-    compare(layer, lambda x, weight, bias: F.conv2d(x, weight, bias, padding=k // 2), x)
+
+    def theirs(x, weight, bias):
+        return F.conv2d(x, weight.flip(2, 3) if mirrored else weight, bias, padding=k // 2)
+
+    compare(layer, theirs, x)
     assert not library
-    layer(x.detach().contiguous())
-    assert library == ["forward"]
+    compare(layer, theirs, x.detach().contiguous().requires_grad_())
+    assert set(library) == {"convolve"}
 
 
 @pytest.mark.parametrize("side", [3, 5, 7])
-@pytest.mark.parametrize("k", [4, 5])
 @pytest.mark.parametrize("name", LAYERS)
-def test_an_odd_number_of_results_is_made_whole(name, k, side, library, monkeypatch):
+def test_an_odd_number_of_results_is_made_whole(name, side, library, monkeypatch):
     """Winograd's come in pairs: 7×7 is the small side of the 28×28 recipes."""
     make_layer, theirs = LAYERS[name]
     torch.manual_seed(0)
-    layer = make_layer(3, 2, kernel_size=k)
+    layer = make_layer(3, 2, kernel_size=4)
     shape = (2 * side, 2 * side + 4) if name == "halve" else (side, side + 2)
     x = random(2, 3, *shape).contiguous(memory_format=LAST).requires_grad_()
-    monkeypatch.setattr(du, "quickest_way", lambda *_: "winograd")
+    monkeypatch.setattr(du, "quickest_ways", lambda *_: du.WINOGRAD)
     out = compare(layer, theirs, x)
     assert not library
     assert out.is_contiguous(memory_format=LAST)
@@ -188,39 +205,61 @@ def test_an_odd_number_of_results_is_made_whole(name, k, side, library, monkeypa
 @pytest.mark.parametrize("k", [4, 5])
 def test_other_layers_take_the_librarys_path(name, shape, kind, k, library):
     make_layer, theirs = LAYERS[name]
-    if kind == "odd" and k == 5:
-        pytest.skip("what TensorFlow pads there depends on the side")
     layer = make_layer(*shape, kernel_size=k, bias=kind == "bias")
     x = random(2, shape[0], *((5, 5) if kind == "odd" else (4, 4)))
     x = x if kind == "plain" else x.contiguous(memory_format=LAST)
     out = layer(x)
     out.sum().backward()
-    assert library == [name]
-    assert torch.allclose(out, theirs(x, layer.weight, layer.bias), atol=1e-6)
-    assert k == 4 or kind == "plain" or out.is_contiguous(memory_format=LAST)
+    assert library == ["convolve" if name == "halve" else "transpose"]
+    assert torch.allclose(out, theirs(x, layer.weight, layer.bias), atol=1e-5)
+    assert kind == "plain" or out.is_contiguous(memory_format=LAST)
 
 
-def test_a_gpus_layers_are_the_librarys():
-    """And a CPU's but for grey and wide ones: of kernel 5 in half precision only."""
-    ways = {}
-    for device in ("meta", "cpu"):
-        for width, k, dtype in (
-            (1, 4, torch.float32), (64, 4, torch.float32), (125, 4, torch.float32),
-            (125, 5, torch.float32), (125, 5, torch.bfloat16), (79, 5, torch.bfloat16),
-        ):  # fmt: skip
-            x = torch.empty(2, width, 4, 4, device=device, dtype=dtype).contiguous(memory_format=LAST)
-            way = du.quickest_way(x, torch.empty(256, width, k, k, device=device))
-            ways.setdefault(device, []).append(way)
-    assert ways["meta"] == ["library"] * 6
-    assert ways["cpu"] == ["patches", "library", "winograd", "library", "winograd", "library"]
+def test_each_machine_takes_the_ways_that_are_quick_there(monkeypatch):
+    def ways(a, b, k, side, dtype=torch.float32, device="cpu", large=True):
+        shape = (2, b, 2 * side, 2 * side) if large else (2, a, side, side)
+        x = torch.empty(shape, device=device, dtype=dtype).contiguous(memory_format=LAST)
+        return du.quickest_ways(x, torch.empty(a, b, k, k, device=device))
+
+    half = torch.bfloat16
+    for amx in (False, True):
+        monkeypatch.setattr(du, "has_amx", lambda amx=amx: amx)
+        for large in (False, True):
+            assert ways(256, 128, 4, 8, device="meta", large=large) == du.LIBRARY  # a GPU's are the library's
+            assert ways(64, 1, 4, 32, device="meta", large=large) == du.LIBRARY
+            assert ways(64, 1, 4, 32, half, large=large) == ways(64, 1, 5, 14, large=large) == du.PATCHES
+            assert ways(256, 128, 4, 8, large=large) == ways(512, 256, 4, 4, large=large) == du.WINOGRAD  # float32
+            assert ways(128, 64, 4, 16, large=large) == ways(256, 128, 5, 7, large=large) == du.LIBRARY
+            assert ways(128, 64, 4, 16, half, large=large) == du.LIBRARY
+            wide = du.Ways("patches", "winograd", "winograd")
+            assert ways(512, 256, 4, 4, half, large=large) == (wide if amx else du.WINOGRAD)
+            assert ways(256, 128, 4, 8, half, large=large) == (SMALL if amx else du.WINOGRAD)
+            assert ways(256, 128, 5, 7, half, large=large) == (SMALL if amx else du.LIBRARY)
+            assert ways(128, 64, 5, 7, half, large=large) == (SMALL if amx else du.LIBRARY)
+            assert ways(128, 64, 5, 14, half, large=large) == du.LIBRARY
+            assert ways(128, 32, 4, 7, half, large=large) == du.LIBRARY
 
 
+def test_amx_is_what_the_cpu_says(monkeypatch):
+    found = du.has_amx
+    for said, amx in (({"amx_bf16": True}, True), ({"amx_bf16": False}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda said=said: said, raising=False)
+        found.cache_clear()
+        assert found() is amx
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    found.cache_clear()
+    assert found() is False  # a torch that cannot tell
+    found.cache_clear()
+
+
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("k", [4, 5])
 @pytest.mark.parametrize("width", [256, 32])
 @pytest.mark.parametrize("name", LAYERS)
-def test_autocast_computes_them_in_half_precision(name, width, k, library):
+def test_autocast_computes_them_in_half_precision(name, width, k, amx, library, monkeypatch):
     make_layer, theirs = LAYERS[name]
     torch.manual_seed(0)
+    monkeypatch.setattr(du, "has_amx", lambda: amx)
     layer = make_layer(width, width, kernel_size=k)
     x = random(2, width, 8, 8).contiguous(memory_format=LAST)
     exact = theirs(x, layer.weight)
@@ -228,7 +267,6 @@ def test_autocast_computes_them_in_half_precision(name, width, k, library):
         mine, other = layer(x.bfloat16()), theirs(x, layer.weight)
         with torch.autocast("cpu", enabled=False):  # as the slope of D is measured
             whole = layer(x)
-    assert library == {256: [name] * (k == 5), 32: [name, name]}[width]  # kernel 5: by Winograd in half precision only
     assert mine.dtype == other.dtype == torch.bfloat16
     assert whole.dtype == torch.float32
     assert (whole - exact).norm() < RELATIVE * exact.norm()
@@ -245,15 +283,17 @@ def test_grey_images_are_added_up_in_full_precision(stride):
     weight, x = random(64, 1, 5, 5).bfloat16(), random(2, 64, 8, 8, seed=1).bfloat16().contiguous(memory_format=LAST)
     theirs = doubling if stride == 2 else partial(F.conv_transpose2d, padding=2)
     exact = theirs(x.double(), weight.double())
-    mine, other = du.double_by_patches(x, weight, stride), theirs(x, weight)
+    mine, other = du.transpose_by_patches(x, weight, 5, stride), theirs(x, weight)
     assert mine.dtype == torch.bfloat16
     assert (mine.double() - exact).norm() < 1.75 * (other.double() - exact).norm()
 
 
+@pytest.mark.parametrize("amx", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN])
-def test_slopes_lie_in_memory_as_their_weights_do(kind, precision):
+def test_slopes_lie_in_memory_as_their_weights_do(kind, precision, amx, monkeypatch):
     """DistributedDataParallel warns of others, and copies them."""
+    monkeypatch.setattr(du, "has_amx", lambda: amx)
     gan = kind(device="cpu", precision=precision)
     with gan.autocast():
         gan.discriminator(gan.generator(random(2, 100))).sum().backward()
@@ -262,9 +302,11 @@ def test_slopes_lie_in_memory_as_their_weights_do(kind, precision):
         assert [weight.grad.stride() for weight in weights] == [weight.stride() for weight in weights]
 
 
+@pytest.mark.parametrize("ways", [du.WINOGRAD, MIXED, SMALL])
 @pytest.mark.parametrize("name", LAYERS)
-def test_no_images_give_no_images(name):
+def test_no_images_give_no_images(name, ways, monkeypatch):
     layer = LAYERS[name][0](128, 130)
+    monkeypatch.setattr(du, "quickest_ways", lambda *_: ways)
     x = torch.empty(0, 128, 4, 4).contiguous(memory_format=LAST).requires_grad_()
     out = layer(x)
     out.sum().backward()
@@ -272,9 +314,11 @@ def test_no_images_give_no_images(name):
     assert not layer.weight.grad.any()
 
 
-def test_the_layers_of_the_public_recipes_go_the_quick_ways(monkeypatch):
-    """256 ↔ 512 and 128 ↔ 256 of the 64×64 networks by Winograd, the images by patches; and both say what they did."""
-    chosen, choose = [], du.quickest_way
+@pytest.mark.parametrize("amx", [False, True])
+def test_the_layers_of_the_public_recipes_go_the_quick_ways(amx, monkeypatch):
+    """256 ↔ 512 and 128 ↔ 256 of the 64×64 networks their own; and all do what the library does."""
+    chosen, choose = [], du.quickest_ways
+    monkeypatch.setattr(du, "has_amx", lambda: amx)
 
     def noted(x, weight):
         chosen.append((tuple(weight.shape[:2]), choose(x, weight)))
@@ -282,24 +326,29 @@ def test_the_layers_of_the_public_recipes_go_the_quick_ways(monkeypatch):
 
     gan, found = du.DCGAN(device="cpu", precision="fp32"), []
     z, real = random(2, 100), random(2, 1, 64, 64, seed=1).contiguous(memory_format=LAST)
-    for function in (noted, lambda x, weight: "library"):
-        monkeypatch.setattr(du, "quickest_way", function)
+    for function in (noted, lambda x, weight: du.LIBRARY):
+        monkeypatch.setattr(du, "quickest_ways", function)
         images = gan.generator.train()(z)
         found.append((images, gan.discriminator.train()(images), gan.discriminator(real)))
         slopes = du.slopes(gan.discriminator, real, None)
         found[-1] += (slopes, *torch.autograd.grad(slopes.sum(), gan.discriminator.layers[8].weight))
     assert gan.discriminator.layers[8].weight.shape == (512, 256, 4, 4)
-    wide, middle, narrow = ((512, 256), "winograd"), ((256, 128), "winograd"), ((128, 64), "library")
-    grey = ((64, 1), "patches")
+    wide, middle, narrow = ((512, 256), du.WINOGRAD), ((256, 128), du.WINOGRAD), ((128, 64), du.LIBRARY)
+    grey = ((64, 1), du.PATCHES)
     assert chosen == [wide, middle, narrow, grey, *[grey, narrow, middle, wide] * 3]  # G's; D's, three times
     for mine, other in zip(*found, strict=True):
         assert (mine - other).norm() < 1e-3 * other.norm()
-    chosen.clear()
-    monkeypatch.setattr(du, "quickest_way", noted)
-    gan = du.StableDCGAN(device="cpu", precision="bf16")
-    with gan.autocast():
-        gan.discriminator(gan.generator(z))
-    assert [way for _, way in chosen] == ["winograd", "library", "patches", "patches", "library"]
+    monkeypatch.setattr(du, "quickest_ways", noted)
+    taken = {}
+    for kind in (du.DCGAN, du.StableDCGAN):
+        chosen.clear()
+        gan = kind(device="cpu", precision="bf16")
+        with gan.autocast():
+            gan.discriminator(gan.generator(z))
+        taken[kind] = [ways for _, ways in chosen if ways not in (du.LIBRARY, du.PATCHES)]
+    widest = du.Ways("patches", "winograd", "winograd")
+    assert taken[du.DCGAN] == ([widest, SMALL, SMALL, widest] if amx else [du.WINOGRAD] * 4)
+    assert taken[du.StableDCGAN] == ([SMALL, SMALL] if amx else [])
 
 
 @pytest.mark.parametrize("batch_norm_G", [True, False])
@@ -321,7 +370,7 @@ def test_no_activation_overwrites_a_view(kind, batch_norm_G):
     z, labels = random(4, gan.config.nz), torch.arange(4)
     fake = gan.generator.train()(z, labels)
     note(gan.discriminator.train()(fake.contiguous(memory_format=LAST), labels).sum().grad_fn)
-    assert "WindowsBackward" in seen
+    assert "PassBackward" in seen
     assert not [name for name in seen if "CopySlices" in name or "AsStrided" in name]
 
 

@@ -1,5 +1,6 @@
 """Models and losses: every layer of the recipes, how it begins, what it computes, and what the losses are worth."""
 
+import copy
 import math
 import re
 
@@ -29,7 +30,7 @@ def describe(module: nn.Module) -> tuple:
         kind = "convT" if isinstance(module, nn.ConvTranspose2d) else "conv"
         (k, k2), (s, s2), (p, p2) = module.kernel_size, module.stride, module.padding
         assert (k, s, p) == (k2, s2, p2)
-        assert getattr(module, "output_padding", (0, 0)) == (0, 0)
+        assert getattr(module, "output_padding", (0, 0)) == ((1, 1) if kind == "convT" and k == 5 else (0, 0))
         return kind, module.in_channels, module.out_channels, k, s, p, module.bias is not None
     if isinstance(module, nn.Linear):
         return "dense", module.in_features, module.out_features, module.bias is not None
@@ -101,13 +102,13 @@ DCGAN_DISCRIMINATOR = [
 ]  # fmt: skip
 STABLE_GENERATOR = [
     ("dense", 100, 7 * 7 * 256, False), ("BN", 7 * 7 * 256, 1e-3, 0.01), ("leaky", 0.2),
-    ("convT", 256, 128, 5, 2, 1, False), ("BN", 128, 1e-3, 0.01), ("leaky", 0.2),
-    ("convT", 128, 64, 5, 2, 1, False), ("BN", 64, 1e-3, 0.01), ("leaky", 0.2),
+    ("convT", 256, 128, 5, 2, 2, False), ("BN", 128, 1e-3, 0.01), ("leaky", 0.2),
+    ("convT", 128, 64, 5, 2, 2, False), ("BN", 64, 1e-3, 0.01), ("leaky", 0.2),
     ("conv", 64, 1, 5, 1, 2, False), ("Tanh",),
 ]  # fmt: skip
 STABLE_DISCRIMINATOR = [
-    ("conv", 1, 64, 5, 2, 0, True), ("leaky", 0.2), ("dropout", 0.3),  # it pads itself, (1, 2, 1, 2)
-    ("conv", 64, 128, 5, 2, 0, True), ("leaky", 0.2), ("dropout", 0.3),
+    ("conv", 1, 64, 5, 2, 2, True), ("leaky", 0.2), ("dropout", 0.3),  # of mirrored maps
+    ("conv", 64, 128, 5, 2, 2, True), ("leaky", 0.2), ("dropout", 0.3),
     ("dense", 7 * 7 * 128, 1, True),
 ]  # fmt: skip
 
@@ -491,19 +492,27 @@ def same_conv(x: np.ndarray, w: np.ndarray, b: np.ndarray, stride: int) -> np.nd
     return out
 
 
-@pytest.mark.parametrize("side", [4, 6, 28])
-def test_same_conv2d_against_a_loop(side):
+def on_mirrored_maps(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return what a layer that works on mirrored maps makes of x."""
+    layer.mirrored = True
+    return layer(x.flip(2, 3)).flip(2, 3)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("side", [4, 6, 7, 28])
+def test_same_conv2d_against_a_loop(side, mirrored):
     rng = torch.Generator().manual_seed(side)
     layer = du.SameConv2d(2, 3).double()
     x = torch.randn(2, 2, side, side, generator=rng, dtype=torch.float64)
-    out = layer(x)
-    assert out.shape == (2, 3, side // 2, side // 2)
+    out = on_mirrored_maps(layer, x) if mirrored else layer(x)
+    assert out.shape == (2, 3, math.ceil(side / 2), math.ceil(side / 2))
     expected = same_conv(x.numpy(), layer.weight.detach().numpy(), layer.bias.detach().numpy(), stride=2)
     assert out.detach().numpy() == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("side", [4, 7, 8])
-def test_same_conv_transpose2d_is_the_gradient_of_same_conv2d(side):
+def test_same_conv_transpose2d_is_the_gradient_of_same_conv2d(side, mirrored):
     """TensorFlow defines Conv2DTranspose so; the padding here follows TensorFlow's rule, not the module's."""
     layer = du.SameConvTranspose2d(3, 2).double()
     y = torch.randn(2, 3, side, side, dtype=torch.float64)
@@ -513,7 +522,23 @@ def test_same_conv_transpose2d_is_the_gradient_of_same_conv2d(side):
     forward = F.conv2d(F.pad(x, (before, after, before, after)), layer.weight, stride=2)
     assert forward.shape == y.shape
     (expected,) = torch.autograd.grad(forward, x, y)
-    assert torch.allclose(layer(y), expected, atol=1e-12)
+    assert torch.allclose(on_mirrored_maps(layer, y) if mirrored else layer(y), expected, atol=1e-12)
+
+
+def test_stable_networks_work_on_mirrored_maps_and_give_upright_ones(nets):
+    """Layer by layer as TensorFlow has them, on upright maps, they make the same image and the same answer."""
+    generator, discriminator = (copy.deepcopy(nets[f"stable {letter}"]).eval() for letter in "GD")
+    z = torch.randn(2, 100)
+    image = generator(z)
+    answer = discriminator(image)
+    for layer in [*generator.modules(), *discriminator.modules()]:
+        if hasattr(layer, "mirrored"):
+            assert layer.mirrored
+            layer.mirrored = False
+    x = generator.dense(z).view(2, 7, 7, 256).permute(0, 3, 1, 2)
+    assert torch.allclose(generator.layers(x), image, atol=1e-6)
+    features = discriminator.layers(image).permute(0, 2, 3, 1).flatten(1)
+    assert torch.allclose(discriminator.head(features).squeeze(1), answer, atol=1e-5)
 
 
 def test_stable_generators_last_layer_is_same_conv2d_too(nets):
@@ -553,6 +578,7 @@ def test_the_generators_dense_output_is_read_height_width_channels(kind):
     z, labels = torch.randn(2, gan.config.nz), torch.tensor([1, 2])
     dense = captured(gan.generator.dense, lambda: gan.generator(z, labels), "output").flatten(1)
     maps = captured(gan.generator.layers[0], lambda: gan.generator(z, labels), "input")
+    maps = maps.flip(2, 3) if kind is du.StableDCGAN else maps  # whose convolutions work on mirrored maps
     channels = maps.shape[1]
     assert maps.shape == (2, channels, 7, 7)
     for k in range(dense.shape[1]):
@@ -566,6 +592,7 @@ def test_the_discriminators_head_reads_height_width_channels(kind, size, side):
     gan.discriminator.eval()
     x, labels = torch.randn(2, 1, size, size), torch.tensor([1, 2])
     maps = captured(gan.discriminator.layers, lambda: gan.discriminator(x, labels), "output")
+    maps = maps.flip(2, 3) if kind is du.StableDCGAN else maps
     features = captured(gan.discriminator.head, lambda: gan.discriminator(x, labels), "input")
     assert maps.shape[2:] == (side, side)
     assert np.array_equal(features.numpy(), maps.numpy().transpose(0, 2, 3, 1).reshape(2, -1))

@@ -467,16 +467,21 @@ def test_precision_follows_the_device(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("kind", "width", "way"),  # DCGAN ends in a 4×4 → 1×1 convolution; with 128 channels it takes Winograd's products
-    [(du.DCGAN, 8, "library"), (du.DCGAN, 128, "winograd"), (du.StableDCGAN, 8, "library")],
-)
-def test_bf16_agrees_with_fp32_over_the_first_iterations(kind, width, way, digits, monkeypatch):
-    histories, ways, choose = [], [], du.quickest_way
-    monkeypatch.setattr(du, "quickest_way", lambda *x: ways.append(choose(*x)) or ways[-1])
+    ("kind", "width", "amx", "ways_taken"),  # DCGAN ends in a 4×4 → 1×1 convolution; wide, it takes other products
+    [
+        (du.DCGAN, 8, False, {"library"}), (du.DCGAN, 128, False, {"winograd"}),
+        (du.DCGAN, 128, True, {"library", "winograd", "patches"}), (du.StableDCGAN, 8, True, {"library"}),
+        (du.StableDCGAN, 64, True, {"library", "patches"}),
+    ],
+)  # fmt: skip
+def test_bf16_agrees_with_fp32_over_the_first_iterations(kind, width, amx, ways_taken, digits, monkeypatch):
+    histories, ways, choose = [], [], du.quickest_ways
+    monkeypatch.setattr(du, "has_amx", lambda: amx)
+    monkeypatch.setattr(du, "quickest_ways", lambda *x: ways.append(choose(*x)) or ways[-1])
     for precision in ("fp32", "bf16"):
         gan = make(kind, precision=precision, dropout_D=0.0, ngf=width, ndf=width, batch_size=32)
         histories.append(gan.train(2, data=digits, callbacks=[]))
-    assert set(ways) == {"patches", way}
+    assert {way for taken in ways for way in taken} == {"patches"} | ways_taken
     for name in ("loss_D", "loss_G"):
         assert histories[1][name] == pytest.approx(histories[0][name], rel=0.03)
 

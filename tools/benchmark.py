@@ -2,7 +2,7 @@
 
     python tools/benchmark.py                # about half an hour; results/benchmark/cpu.json or gpu.json and the table
     python tools/benchmark.py --recipes fast --ways ours --repeats 1 --seconds 5 --quality 0  # what else is there stays
-    python tools/benchmark.py --layers       # milliseconds of each convolution that has a choice, in each of its ways
+    python tools/benchmark.py --layers       # milliseconds of each pass through each convolution, in each of its ways
 
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
@@ -63,9 +63,7 @@ class Digits(Dataset):
 
 
 def make_plain(layer: nn.Module) -> None:
-    """Turn a layer of ours into torch's own; kernel 5 then pads as PyTorch's users write it, which costs no copy."""
-    if isinstance(layer, (du.Doubling, du.Halving)) and layer.kernel_size == (5, 5):
-        layer.padding, layer.output_padding = (2, 2), (1, 1) if layer.transposed else (0, 0)
+    """Turn a layer of ours into torch's own."""
     for theirs in (nn.Dropout, nn.ConvTranspose2d, nn.Conv2d):
         if isinstance(layer, theirs):
             layer.__class__ = theirs
@@ -86,23 +84,25 @@ def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
     criterion = torch.nn.BCEWithLogitsLoss()
     judge = lambda images, labels: du.real_logit(discriminator(images, labels))  # noqa: E731
     loader = DataLoader(Digits(config.image_size), batch_size=config.batch_size, shuffle=True, num_workers=2)
+    unmirrored = mock.patch.object(du, "mirror", lambda maps: maps)  # PyTorch's users pad on the other side instead
     for images, digits in loader:
-        real, labels = images.to(device), digits.to(device) if config.conditional else None
-        discriminator.zero_grad()
-        logits = judge(real, labels)
-        loss_real = criterion(logits, torch.full_like(logits, config.real_label_smooth))
-        loss_real.backward()
-        fake = generator(torch.randn(len(real), config.nz, device=device), labels)
-        logits = judge(fake.detach(), labels)
-        loss_fake = criterion(logits, torch.full_like(logits, config.fake_label_smooth))
-        loss_fake.backward()
-        optimizer_D.step()
-        generator.zero_grad()
-        logits = judge(fake, labels)
-        loss_G = criterion(logits, torch.full_like(logits, config.generator_target))
-        loss_G.backward()
-        optimizer_G.step()
-        _ = (loss_real + loss_fake).item(), loss_G.item(), logits.sigmoid().mean().item()
+        with unmirrored:
+            real, labels = images.to(device), digits.to(device) if config.conditional else None
+            discriminator.zero_grad()
+            logits = judge(real, labels)
+            loss_real = criterion(logits, torch.full_like(logits, config.real_label_smooth))
+            loss_real.backward()
+            fake = generator(torch.randn(len(real), config.nz, device=device), labels)
+            logits = judge(fake.detach(), labels)
+            loss_fake = criterion(logits, torch.full_like(logits, config.fake_label_smooth))
+            loss_fake.backward()
+            optimizer_D.step()
+            generator.zero_grad()
+            logits = judge(fake, labels)
+            loss_G = criterion(logits, torch.full_like(logits, config.generator_target))
+            loss_G.backward()
+            optimizer_G.step()
+            _ = (loss_real + loss_fake).item(), loss_G.item(), logits.sigmoid().mean().item()
         yield len(real)
 
 
@@ -201,28 +201,33 @@ def layers_with_a_choice(gan: du.GAN) -> Iterator[tuple[nn.Module, Tensor]]:
         yield layer, x.requires_grad_()
 
 
+@torch.no_grad()
 def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
-    """Yield lines: milliseconds, forward and backward, of each layer in each way that it has; the ways take turns."""
+    """Yield lines: milliseconds of each pass through each layer, in each way that it has; the ways take turns."""
     gan = kind()
-    for layer, x in layers_with_a_choice(gan):
-        weight = layer.weight.transpose(0, 1) if isinstance(layer, du.Greying) else layer.weight
-        grey = weight.shape[1] == 1
-        times: dict[str, list[float]] = {way: [] for way in ("library", "patches" if grey else "winograd")}
-        with gan.autocast():
-            x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
-            chosen = du.quickest_way(x, weight)
-        for _ in range(repeats):
-            for way, taken in times.items():
-                start = time.perf_counter()
-                with mock.patch.object(du, "quickest_way", lambda *_, way=way: way), gan.autocast():
-                    out = layer(x)
-                torch.autograd.grad(out, (x, layer.weight), torch.ones_like(out))
-                if gan.device.type == "cuda":
-                    torch.cuda.synchronize()
-                taken.append(1000 * (time.perf_counter() - start))
-        middles = ", ".join(f"{way} {statistics.median(taken[2:]):.1f}" for way, taken in times.items())
-        what = f"{kind.__name__} {type(layer).__name__} {x.shape[1]} → {out.shape[1]} at {x.shape[2]}×{x.shape[2]}"
-        yield f"{what}, kernel {layer.kernel_size[0]}, {gan.precision}: {middles} ms; it takes {chosen!r}"
+    for layer, given in layers_with_a_choice(gan):
+        with torch.no_grad(), gan.autocast():
+            (given, weight), made = du.half_precision(given, layer.weight), layer(given)
+            weight = weight.transpose(0, 1) if isinstance(layer, du.Greying) else weight
+        (y, x), (k, stride) = (made, given), (layer.kernel_size[0], layer.stride[0])
+        y, x = (y, x) if weight.shape[0] == y.shape[1] else (x, y)
+        chosen, grey = du.quickest_ways(given, weight), weight.shape[1] == 1
+        found = []
+        for task, pair in {"convolve": (x, weight), "transpose": (y, weight), "slope": (y, x)}.items():
+            has = {"library": True, "patches": grey or task != "transpose", "winograd": k == 4 and not grey}
+            times = {way: [] for way in has if has[way]}
+            for _ in range(repeats):
+                for way, taken in times.items():
+                    start = time.perf_counter()
+                    du.PASSES[task][way](*pair, k, stride)
+                    if gan.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    taken.append(1000 * (time.perf_counter() - start))
+            middles = ", ".join(f"{way} {statistics.median(taken[2:]):.1f}" for way, taken in times.items())
+            found.append(f"{task} {middles} (takes {getattr(chosen, task)})")
+        (_, wide, side, _), narrow = given.shape, made.shape[1]
+        what = f"{kind.__name__} {type(layer).__name__} {wide} → {narrow} at {side}×{side}"
+        yield f"{what}, kernel {k}, {gan.precision}, ms: {'; '.join(found)}"
 
 
 def machine() -> str:

@@ -1174,6 +1174,9 @@ class ToPoint(nn.Conv2d):
 
 def hidden(*layers: nn.Module, dropout: float) -> list[nn.Module]:
     """Return the layers of one hidden block, with Dropout at its end where the Config asks for it."""
+    for before, layer in pairwise(layers):
+        if isinstance(before, nn.BatchNorm2d):  # its result is read by nobody else, and is no view
+            layer.inplace = True
     return [*layers, FastDropout(dropout)] if dropout else [*layers]
 
 

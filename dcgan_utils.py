@@ -832,6 +832,9 @@ class ProgressiveDiscriminator(Growing):
         return self.last(x).flatten()
 
 
+Matrix = Sequence[Sequence[float]]
+
+
 class Ways(NamedTuple):
     """How each pass through a convolution is made: "library", "patches" or "winograd", see PASSES."""
 
@@ -972,7 +975,6 @@ def write_sum(place: Tensor, weights: Sequence[float], parts: Sequence[Tensor], 
         place.add_(part, alpha=weight)
 
 
-Matrix = Sequence[Sequence[float]]
 # Two neighbouring results of two taps by three products in place of four (Winograd 1980; Lavin & Gray 2016): what is
 # mixed of pixels, of taps and of results. A stride of 2 makes kernel 4 one of 2×2 on blocks of 2×2 pixels.
 MINIMAL: tuple[Matrix, Matrix, Matrix] = (
@@ -1061,15 +1063,12 @@ def quickest_ways(x: Tensor, weight: Tensor) -> Ways:
         return LIBRARY
     if weight.shape[1] == 1:
         return PATCHES
-    if x.dtype == torch.bfloat16 and has_amx():
-        side = min(x.shape[2:]) // (1 if x.shape[1] == weight.shape[0] else 2)  # of the smaller maps
-        wide = (
-            Ways("patches", "winograd", "winograd")
-            if k == 4 and narrow >= 250
-            else Ways("patches", "library", "patches")
-        )
-        return wide if side <= 8 and narrow >= 64 else LIBRARY
-    return WINOGRAD if k == 4 and narrow >= 125 else LIBRARY
+    if precision_of(x) != torch.bfloat16 or not has_amx():
+        return WINOGRAD if k == 4 and narrow >= 125 else LIBRARY
+    side = min(x.shape[2:]) // (1 if x.shape[1] == weight.shape[0] else 2)  # of the smaller maps
+    if side > 8 or narrow < 64:
+        return LIBRARY
+    return Ways("patches", *(["winograd"] * 2 if k == 4 and narrow >= 250 else ["library", "patches"]))
 
 
 @functools.cache
@@ -1078,12 +1077,10 @@ def has_amx() -> bool:
     return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
 
 
-def half_precision(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Return tensors as autocast would give them to a convolution."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return [*tensors]
-    return [t if t is None else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+def precision_of(x: Tensor) -> torch.dtype:
+    """Return the type in which a convolution of x is computed: autocast's, where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def identity(size: int) -> Matrix:
@@ -1137,12 +1134,12 @@ class Greying(nn.Conv2d):
 
 def passed(task: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """Return what a layer makes of x: a pass in the quickest way, in the precision that autocast asks for."""
-    x, weight, bias = half_precision(x, weight, bias)
     ways, k, odd = quickest_ways(x, weight), weight.shape[2], x.shape[2] % stride or x.shape[3] % stride
     if ways == LIBRARY or (odd and task == "convolve"):
         return (convolve if task == "convolve" else transpose)(x, weight, k, stride, bias)
-    maps = Pass.apply(task, x, weight, k, stride, ways)
-    return maps if bias is None else maps + bias[:, None, None]
+    dtype = precision_of(x)
+    maps = Pass.apply(task, x.to(dtype), weight.to(dtype), k, stride, ways)
+    return maps if bias is None else maps + bias.to(dtype)[:, None, None]
 
 
 def mirror(x: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,17 +97,53 @@ def test_the_textbook_way_trains(monkeypatch):
     assert seen[0] is seen[2] is not seen[1] is seen[3]
 
 
-def test_the_clock_leaves_out_the_warm_up(monkeypatch):
+def test_the_clock_leaves_out_the_warm_up(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
-    clock = benchmark.Clock(seconds=10)
-    for _ in range(benchmark.WARM_UP):
+    clock = benchmark.Clock()
+    for _ in range(benchmark.WARM_UP + 2):
         now[0] += 100
-        assert not clock.count(128)
-    for end in (False, True):
-        now[0] += 5
-        assert clock.count(128) == end
-    assert clock.rate() == 256 / 10
+        clock.count(128)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["images"] for line in lines] == [0, 128, 256]
+    assert {line["warm_up_seconds"] for line in lines} == {100 * benchmark.WARM_UP}
+
+
+def test_on_a_gpu_the_clock_counts_what_is_done(monkeypatch, capsys):
+    """Which is known when the host has waited for the device, after every fifty batches."""
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("waited"))
+    gan, clock = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(batch_size=128)), benchmark.Clock()
+    for gan.batch in range(1, 50 * (benchmark.WARM_UP + 2) + 20):
+        clock.on_batch_end(gan)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["images"] for line in lines] == [0, 50 * 128, 100 * 128]
+    assert len(waited) == benchmark.WARM_UP + 2
+
+
+def test_ways_take_turns_and_one_that_fails_says_why(monkeypatch, tmp_path):
+    """A way runs in its turn only: two that do the same are as fast, and the whole takes as long as both."""
+    script = tmp_path / "way.py"
+    script.write_text(
+        "import json, sys, time\n"
+        "if 'compiled' in sys.argv: sys.exit('no compiler here')\n"
+        "n = 0\n"
+        "while True:\n"
+        "    time.sleep(0.01)\n"
+        "    n += 1\n"
+        "    print(json.dumps({'images': n, 'mebibytes': 5, 'warm_up_seconds': 1}), flush=True)\n"
+    )
+    monkeypatch.setattr(benchmark, "__file__", str(script))
+    monkeypatch.setattr(benchmark, "TURN", 0.25)
+    begun = time.perf_counter()
+    runs = benchmark.in_turns(["textbook", "ours"], "fast", 1.0)
+    assert time.perf_counter() - begun >= 2
+    assert list(runs) == ["textbook", "ours"]
+    for run in runs.values():
+        assert 20 < run["images_per_second"] < 101  # while it stood still for a second, it counted nothing
+        assert (run["mebibytes"], run["warm_up_seconds"]) == (5, 1)
+    with pytest.raises(RuntimeError, match=r"measuring compiled of fast failed:\nno compiler here"):
+        benchmark.in_turns(["ours", "compiled"], "fast", 1.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

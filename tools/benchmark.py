@@ -7,10 +7,10 @@
 The textbook way is that of public scripts: fp32, contiguous tensors, a DataLoader with two workers that resizes every
 sample anew, D's weight gradients computed in G's step and thrown away, torch's own Dropout, cross-entropy, `.item()`
 after every batch. Ours is the recipe as it is; compiled is the same with `Config.compile`, and its first batches, in
-which torch.compile works without what it kept from earlier, are told apart. Each measurement is a process of its own
-and is kept at once; the ways take turns, so that a machine shared with others is unfair to all alike. Then each recipe
-trains once for `--quality` seconds, and the judge says when its samples came below each Fréchet distance; the clock
-stands still while it reads.
+which torch.compile works without what it kept from earlier, are told apart. Each way is a process of its own and runs
+for a second while the others stand still, so that a machine shared with others is unfair to all alike (on a GPU they
+run one after the other); every repeat is kept at once. Then each recipe trains once for `--quality` seconds, and the
+judge says when its samples came below each Fréchet distance; the clock stands still while it reads.
 """
 
 import argparse
@@ -19,12 +19,14 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -44,7 +46,8 @@ WAYS = ("textbook", "ours", "compiled")
 COMPARED = ("dcgan", "stable", "fast")
 LEVELS = (20, 5, 1)  # Fréchet distances of 1,000 samples
 LOOK = 5  # seconds of training from one look to the next
-WARM_UP = 40 if torch.cuda.is_available() else 3  # batches before the clock starts: allocations, kernels, CUDA graphs
+TURN = 1.0  # seconds for which one way runs while the others stand still
+WARM_UP = 3  # looks before the clock starts: allocations, kernels, CUDA graphs
 
 
 class Digits(Dataset):
@@ -107,45 +110,42 @@ def textbook_batches(kind: type[du.GAN]) -> Iterator[int]:
 
 
 class Clock(du.Callback):
-    """Count images after the warm-up and stop when the seconds are over."""
+    """Say after every batch, on a GPU after every fifty, how many images are done since the warm-up."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds, self.start, self.images, self.batches = seconds, 0.0, 0, 0
-        self.made = time.perf_counter()
+    def __init__(self) -> None:
+        self.images, self.looks, self.since, self.made, self.before = 0, 0, 0, time.perf_counter(), 0.0
 
-    def count(self, images: int) -> bool:
-        """Take note of one more batch; return whether the time is over."""
-        self.batches += 1
-        if self.batches <= WARM_UP:
-            self.start = time.perf_counter()
-            return False
-        self.images += images
-        return time.perf_counter() - self.start >= self.seconds
+    def count(self, images: int) -> None:
+        """Take note of images that are done, and say where it stands once the warm-up is over."""
+        self.looks += 1
+        if self.looks == WARM_UP:
+            self.before = time.perf_counter() - self.made
+        if self.looks >= WARM_UP:
+            self.images += images if self.looks > WARM_UP else 0
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            line = {"images": self.images, "mebibytes": memory, "warm_up_seconds": self.before}
+            print(json.dumps(line), flush=True)
 
     def on_batch_end(self, gan: du.Trainer) -> None:
         """Count a batch of ours, done on the device."""
-        if gan.device.type == "cuda" and (self.batches <= WARM_UP or gan.batch % 50 == 0):
+        self.since += gan.config.batch_size
+        if gan.device.type == "cuda":
+            if gan.batch % 50:
+                return
             torch.cuda.synchronize()
-        if self.count(gan.config.batch_size):
-            gan.stop("measured")
-
-    def rate(self) -> float:
-        """Return images per second."""
-        return self.images / (time.perf_counter() - self.start)
+        self.count(self.since)
+        self.since = 0
 
 
-def measure(kind: type[du.GAN], way: str, seconds: float) -> dict[str, float]:
-    """Return images per second and the peak of this process's resident memory, in MiB."""
-    clock = Clock(seconds)
+def measure(kind: type[du.GAN], way: str) -> None:
+    """Train until somebody stops this process, and say after every batch how many images are done."""
+    clock = Clock()
     if way == "textbook":
-        for images in textbook_batches(kind):
-            if clock.count(images):
-                break
-    else:
-        du.keep_memory()
-        kind(compile=way == "compiled").train(callbacks=[clock], max_seconds=600 + 10 * seconds)
-    rate, memory = clock.rate(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"images_per_second": rate, "mebibytes": memory, "warm_up_seconds": clock.start - clock.made}
+        while True:
+            for images in textbook_batches(kind):
+                clock.count(images)
+    du.keep_memory()
+    kind(compile=way == "compiled").train(10_000, callbacks=[clock])
 
 
 class Levels(du.Callback):
@@ -206,8 +206,9 @@ def layer_table(kind: type[du.GAN], repeats: int = 9) -> Iterator[str]:
     """Yield lines: milliseconds of each pass through each layer, in each way that it has; the ways take turns."""
     gan = kind()
     for layer, given in layers_with_a_choice(gan):
-        with torch.no_grad(), gan.autocast():
-            (given, weight), made = du.half_precision(given, layer.weight), layer(given)
+        with gan.autocast():
+            made, dtype = layer(given), du.precision_of(given)
+            given, weight = given.to(dtype), layer.weight.to(dtype)
             weight = weight.transpose(0, 1) if isinstance(layer, du.Greying) else weight
         (y, x), (k, stride) = (made, given), (layer.kernel_size[0], layer.stride[0])
         y, x = (y, x) if weight.shape[0] == y.shape[1] else (x, y)
@@ -311,23 +312,82 @@ def compare(results: dict, options: argparse.Namespace) -> Iterator[None]:
         cell = results["recipes"].setdefault(recipe, {})
         cell |= {"precision": precision, "seconds": options.seconds}
         cell |= {way: [] for way in options.ways}
+        together = [options.ways] if not torch.cuda.is_available() else [[way] for way in options.ways]
         for _ in range(options.repeats):
-            for way in options.ways:
-                cell[way].append(in_a_process(way, recipe, options.seconds))
-                yield
+            for ways in together:  # on a GPU what a process has begun goes on while it stands still
+                for way, run in in_turns(ways, recipe, options.seconds).items():
+                    cell[way].append(run)
+            yield
     for recipe in options.recipes if options.quality else []:
-        results["recipes"][recipe]["seconds_to_distance"] = in_a_process("quality", recipe, options.quality)
+        results["recipes"][recipe]["seconds_to_distance"] = time_to_levels(recipe, options.quality)
         yield
 
 
-def in_a_process(what: str, recipe: str, seconds: float) -> dict[str, float]:
-    """Return one measurement, made by this script in a process of its own, for which torch compiles anew."""
-    command = [sys.executable, __file__, "--measure", what, "--recipes", recipe, "--seconds", str(seconds)]
-    with tempfile.TemporaryDirectory() as cache:
-        anew = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=anew)
+def in_turns(ways: list[str], recipe: str, seconds: float) -> dict[str, dict[str, float]]:
+    """Return images per second, memory (MiB) and the warm-up (s) of each way, measured side by side.
+
+    Each way is a group of processes that stands still while another has its turn of a second: so a machine that others
+    slow down for a while is slow for all alike.
+    """
+    groups, first, taken = {}, {}, dict.fromkeys(ways, 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        said = {way: Path(folder) / way for way in ways}
+        try:
+            for way in ways:
+                groups[way] = start(way, recipe, said[way])
+                while not newest(said[way]):
+                    if groups[way].poll() is not None:
+                        why = groups[way].stderr.read()[-2000:]
+                        raise RuntimeError(f"measuring {way} of {recipe} failed:\n{why}")
+                    time.sleep(0.05)
+                os.killpg(groups[way].pid, signal.SIGSTOP)
+                first[way] = newest(said[way])
+            for _ in range(max(1, round(seconds / TURN))):
+                for way, group in groups.items():
+                    begun = time.perf_counter()
+                    os.killpg(group.pid, signal.SIGCONT)
+                    time.sleep(TURN)
+                    os.killpg(group.pid, signal.SIGSTOP)
+                    taken[way] += time.perf_counter() - begun
+            last = {way: newest(said[way]) for way in ways}
+        finally:
+            for group in groups.values():
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.killpg(group.pid, signal.SIGKILL)
+                group.wait()
+                group.stderr.close()
+    return {
+        way: {
+            "images_per_second": (last[way]["images"] - first[way]["images"]) / taken[way],
+            "mebibytes": last[way]["mebibytes"],
+            "warm_up_seconds": last[way]["warm_up_seconds"],
+        }
+        for way in ways
+    }
+
+
+def start(way: str, recipe: str, said: Path) -> subprocess.Popen:
+    """Start this script as a group of processes of its own, for which torch compiles anew."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": f"{said}.cache", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, __file__, "--measure", way, "--recipes", recipe]
+    with said.open("w") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.PIPE, text=True, env=os.environ | cache, start_new_session=True
+        )
+
+
+def newest(said: Path) -> dict[str, float]:
+    """Return the last whole line of what a process said about its images, nothing where there is none."""
+    lines = [line for line in said.read_text().split("\n")[:-1] if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else {}
+
+
+def time_to_levels(recipe: str, seconds: float) -> dict[str, float]:
+    """Return the seconds to each level, measured in a process of its own."""
+    command = [sys.executable, __file__, "--measure", "quality", "--recipes", recipe, "--seconds", str(seconds)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"measuring {what} of {recipe} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"measuring the quality of {recipe} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -351,8 +411,9 @@ def main() -> None:
         return
     if options.measure:
         kind = du.RECIPES[options.recipes[0]]
-        good = options.measure == "quality"
-        print(json.dumps(quality(kind, options.seconds) if good else measure(kind, options.measure, options.seconds)))
+        if options.measure != "quality":
+            measure(kind, options.measure)
+        print(json.dumps(quality(kind, options.seconds)))
         return
     gpu = du.pick_device("auto").type == "cuda"
     if "compiled" in options.ways and not gpu and not shutil.which("g++"):

@@ -337,7 +337,7 @@ def in_turns(ways: list[str], recipe: str, seconds: float) -> dict[str, dict[str
                 groups[way] = start(way, recipe, said[way])
                 while not newest(said[way]):
                     if groups[way].poll() is not None:
-                        why = groups[way].stderr.read()[-2000:]
+                        why = errors(said[way]).read_text()[-2000:]
                         raise RuntimeError(f"measuring {way} of {recipe} failed:\n{why}")
                     time.sleep(0.05)
                 os.killpg(groups[way].pid, signal.SIGSTOP)
@@ -355,7 +355,6 @@ def in_turns(ways: list[str], recipe: str, seconds: float) -> dict[str, dict[str
                 with suppress(ProcessLookupError):  # it has ended by itself
                     os.killpg(group.pid, signal.SIGKILL)
                 group.wait()
-                group.stderr.close()
     return {
         way: {
             "images_per_second": (last[way]["images"] - first[way]["images"]) / taken[way],
@@ -370,10 +369,13 @@ def start(way: str, recipe: str, said: Path) -> subprocess.Popen:
     """Start this script as a group of processes of its own, for which torch compiles anew."""
     cache = {"TORCHINDUCTOR_CACHE_DIR": f"{said}.cache", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     command = [sys.executable, __file__, "--measure", way, "--recipes", recipe]
-    with said.open("w") as file:
-        return subprocess.Popen(
-            command, stdout=file, stderr=subprocess.PIPE, text=True, env=os.environ | cache, start_new_session=True
-        )
+    with said.open("w") as out, errors(said).open("w") as err:  # files, since a full pipe would hold it up
+        return subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | cache, start_new_session=True)
+
+
+def errors(said: Path) -> Path:
+    """Return the file of what a process complains about, beside that of what it says."""
+    return said.with_suffix(".err")
 
 
 def newest(said: Path) -> dict[str, float]:

@@ -852,25 +852,36 @@ class Pass(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, task: str, first: Tensor, second: Tensor, k: int, stride: int, ways: Ways) -> Tensor:
-        """Return what the task makes of its two inputs."""
+    def forward(
+        ctx: Any, task: str, first: Tensor, second: Tensor, cut: Tensor | None, k: int, stride: int, ways: Ways
+    ) -> Tensor:
+        """Return what the task makes of its two inputs; cut: the patches of x, where they are at hand."""
         ctx.save_for_backward(first, second)
-        ctx.task, ctx.how = task, (k, stride, ways)
-        return PASSES[task][getattr(ways, task)](first, second, k, stride)
+        ctx.task, ctx.cut, ctx.how = task, cut, (k, stride, ways)
+        if task == "convolve" and cut is None and ctx.needs_input_grad[2]:
+            ctx.cut = cut = shared_patches(first, *ctx.how)
+        return PASSES[task][getattr(ways, task)](first, second, k, stride, *([] if cut is None else [cut]))
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         """Return the derivatives by both inputs."""
         first, second = ctx.saved_tensors
         slope = slope.contiguous(memory_format=torch.channels_last)
-        asked = {
-            "convolve": (("transpose", slope, second), ("slope", slope, first)),
-            "transpose": (("convolve", slope, second), ("slope", first, slope)),
-            "slope": (("convolve", second, slope), ("transpose", first, slope)),
-        }[ctx.task]
         needs = ctx.needs_input_grad[1:3]
+        cut = shared_patches(slope, *ctx.how) if ctx.task == "transpose" and all(needs) else ctx.cut
+        asked = {
+            "convolve": (("transpose", slope, second, None), ("slope", slope, first, cut)),
+            "transpose": (("convolve", slope, second, cut), ("slope", first, slope, cut)),
+            "slope": (("convolve", second, slope, cut), ("transpose", first, slope, None)),
+        }[ctx.task]
         found = [Pass.apply(*what, *ctx.how) if need else None for what, need in zip(asked, needs, strict=True)]
-        return None, *found, None, None, None
+        return None, *found, None, None, None, None
+
+
+@torch.no_grad()  # what is derived are x and y, however often
+def shared_patches(x: Tensor, k: int, stride: int, ways: Ways) -> Tensor | None:
+    """Return the patches of x where two passes take them, else None."""
+    return patches(x, k, stride) if ways.convolve == ways.slope == "patches" else None
 
 
 def convolve(x: Tensor, weight: Tensor, k: int, stride: int, bias: Tensor | None = None) -> Tensor:
@@ -910,9 +921,9 @@ def as_rows(y: Tensor) -> Tensor:
     return y.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def convolve_by_patches(x: Tensor, weight: Tensor, k: int, stride: int) -> Tensor:
+def convolve_by_patches(x: Tensor, weight: Tensor, k: int, stride: int, cut: Tensor | None = None) -> Tensor:
     """Return the convolution as one product of patches and weights."""
-    pixels = patches(x, k, stride) @ weight.permute(0, 2, 3, 1).flatten(1).T
+    pixels = (patches(x, k, stride) if cut is None else cut) @ weight.permute(0, 2, 3, 1).flatten(1).T
     height, width = (side // stride for side in x.shape[2:])
     return pixels.view(len(x), height, width, len(weight)).permute(0, 3, 1, 2)
 
@@ -927,9 +938,10 @@ def transpose_by_patches(y: Tensor, weight: Tensor, k: int, stride: int) -> Tens
     return image[:, None, before : before + stride * height, before : before + stride * width].contiguous()
 
 
-def slope_by_patches(y: Tensor, x: Tensor, k: int, stride: int) -> Tensor:
+def slope_by_patches(y: Tensor, x: Tensor, k: int, stride: int, cut: Tensor | None = None) -> Tensor:
     """Return the derivative by the weights as one product of maps and patches."""
-    return (as_rows(y).T @ patches(x, k, stride)).unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
+    cut = patches(x, k, stride) if cut is None else cut
+    return (as_rows(y).T @ cut).unflatten(1, (k, k, -1)).permute(0, 3, 1, 2)
 
 
 def windows(x: Tensor, matrix: Matrix, dim: int, step: int) -> Tensor:
@@ -1138,7 +1150,7 @@ def passed(task: str, x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     if ways == LIBRARY or (odd and task == "convolve"):
         return (convolve if task == "convolve" else transpose)(x, weight, k, stride, bias)
     dtype = precision_of(x)
-    maps = Pass.apply(task, x.to(dtype), weight.to(dtype), k, stride, ways)
+    maps = Pass.apply(task, x.to(dtype), weight.to(dtype), None, k, stride, ways)
     return maps if bias is None else maps + bias.to(dtype)[:, None, None]
 
 

@@ -138,6 +138,20 @@ def test_every_way_is_the_librarys_convolution(
     assert out.is_contiguous(memory_format=LAST)
 
 
+@pytest.mark.parametrize("layer", [du.Halving, du.Doubling])
+def test_patches_are_cut_once_for_two_passes(layer, monkeypatch):
+    """There and back to the weights for a convolution, back to both for its transpose."""
+    cuts, cut = [], du.patches
+    monkeypatch.setattr(du, "patches", lambda *x: (cuts.append(x), cut(*x))[1])
+    monkeypatch.setattr(du, "quickest_ways", lambda *_: SMALL)
+    layer = layer(3, 2)
+    with torch.no_grad():
+        layer(random(2, 3, 4, 4))
+    unasked = len(cuts)
+    layer(random(2, 3, 4, 4).requires_grad_()).sum().backward()
+    assert (unasked, len(cuts) - unasked) == (1 if isinstance(layer, du.Halving) else 0, 1)
+
+
 @pytest.mark.parametrize("task", du.PASSES)
 @pytest.mark.parametrize(("a", "b", "ways"), [(3, 2, du.WINOGRAD), (3, 2, SMALL), (3, 1, du.PATCHES)])
 def test_the_three_passes_are_one_anothers_derivatives(task, a, b, ways, monkeypatch):
@@ -146,8 +160,8 @@ def test_the_three_passes_are_one_anothers_derivatives(task, a, b, ways, monkeyp
                     enumerate(((2, b, 4, 6), (2, a, 2, 3), (a, b, 4, 4))))  # fmt: skip
     pair = {"convolve": (x, weight), "transpose": (y, weight), "slope": (y, x)}[task]
     pair = [last(tensor).requires_grad_() for tensor in pair]
-    assert torch.autograd.gradcheck(lambda *pair: du.Pass.apply(task, *pair, 4, 2, ways), pair)
-    assert torch.autograd.gradgradcheck(lambda *pair: du.Pass.apply(task, *pair, 4, 2, ways), pair)
+    assert torch.autograd.gradcheck(lambda *pair: du.Pass.apply(task, *pair, None, 4, 2, ways), pair)
+    assert torch.autograd.gradgradcheck(lambda *pair: du.Pass.apply(task, *pair, None, 4, 2, ways), pair)
     asked = []
     for name, functions in du.PASSES.items():
         for way, function in functions.items():
@@ -155,7 +169,7 @@ def test_the_three_passes_are_one_anothers_derivatives(task, a, b, ways, monkeyp
             monkeypatch.setitem(functions, way, noted)
     for frozen in (0, 1):  # and what nobody asks for is not made
         given = [tensor.detach().requires_grad_(i != frozen) for i, tensor in enumerate(pair)]
-        made = du.Pass.apply(task, *given, 4, 2, ways)
+        made = du.Pass.apply(task, *given, None, 4, 2, ways)
         asked.clear()
         made.sum().backward()
         assert len(asked) == 1

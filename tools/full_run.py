@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="no pictures but the samples")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
+    du.keep_memory()
     work, results = ROOT / "outputs" / "full_run" / options.name, ROOT / "results" / options.name
     overrides = {"out_dir": str(work), **du.parse_fields(options.set)}
     if options.epochs:

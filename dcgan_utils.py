@@ -174,6 +174,10 @@ class Config:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise ValueError(f"Config.{name} = {value!r} is outside its range {low} … {high}")
+            if (
+                name not in _INTEGERS
+            ):  # Adam refuses a whole number beside another, and a tensor of one cuts the rest off
+                object.__setattr__(self, name, float(value))
         for name in ("device", "out_dir"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"Config.{name} = {getattr(self, name)!r} must be text")
@@ -1445,7 +1449,8 @@ def train_discriminator(gan: Trainer, real: Tensor, fake: Tensor, labels: Tensor
     penalty = gradient_penalty(gan, real, fake, labels) if gan._penalty_is_due() else 0.0
     gradient = gan.update("D", loss + real_cost + fake_cost + penalty)
     answers = read_discriminator(real_logits.detach().float(), fake_logits.detach().float(), gan.config)
-    measured = {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": gradient_length(gan.generator)}
+    leak = gan.finite(gradient_length(gan.generator))
+    measured = {"loss_D": loss.detach(), **answers, "grad_D": gradient, "leak": leak}
     return measured | {"real_logits": real_logits.detach()}
 
 
@@ -1823,7 +1828,8 @@ class Trainer:
     def play(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor:
         """Take D's steps, each on a batch of its own, then G's; return METRICS. A variant swaps models or loss.
 
-        Nothing here waits for the device or decides by a value on it, so that a CUDA graph can hold it.
+        Nothing here waits for the device or decides by a value on it, so that a CUDA graph can hold it; networks that
+        grow do, and are not recorded.
         """
         for real, labels in batches:
             fake = self._fake(len(real), labels)  # fakes carry the labels of the real batch
@@ -1879,24 +1885,31 @@ class Trainer:
     def update(self, player: str, loss: Tensor) -> Tensor:
         """Take one step of player "D" or "G" and return the length of its gradient; a frozen player keeps its weights.
 
-        The scaler acts in fp16 only, where it skips a step that overflowed; such a gradient counts as 0.
+        The scaler acts in fp16 only, where it skips a step that overflowed.
         """
         network, optimizer, scaler = {
             "D": (self.discriminator, self.optimizer_D, self.scaler_D),
             "G": (self.generator, self.optimizer_G, self.scaler_G),
         }[player]
+        astray = player == "D" and not self.config.detach  # the mistake in full: G follows the gradient that reaches it
         optimizer.zero_grad(set_to_none=True)
+        if astray:
+            self.optimizer_G.zero_grad(set_to_none=True)
         if not (self.config.d_steps if player == "D" else self.config.g_steps):
             return torch.zeros((), device=self.device)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         length = gradient_length(network)
         scaler.step(optimizer)
-        if player == "D" and not self.config.detach:  # the mistake in full: G follows the gradient that reached it
+        if astray:
             scaler.step(self.optimizer_G)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)  # so that what lies in G after D's step has leaked there
-        return length.nan_to_num(0, 0, 0) if scaler.is_enabled() else length
+        return self.finite(length)
+
+    def finite(self, length: Tensor) -> Tensor:
+        """Return the length of a gradient, 0 for one that overflowed in fp16: such a step is skipped."""
+        return length.nan_to_num(0, 0, 0) if self.scaler_D.is_enabled() else length
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the networks compute in this device's precision."""
@@ -2085,7 +2098,7 @@ class Trainer:
                 torch.cuda.set_rng_state(self._rng["cuda"], self.device)
             elif cuda:
                 with torch.cuda.device(self.device):
-                    torch.cuda.manual_seed(self.config.seed + 1_000_003 * self.rank)
+                    torch.cuda.manual_seed(self.config.seed + self.step + 1_000_003 * self.rank)
             yield
             self._rng["cpu"] = torch.get_rng_state()
             if cuda:
@@ -2259,8 +2272,12 @@ class IterationGraphs:
             self.graphs[key] = graph, places, row
 
     def _clear_up(self) -> None:
-        """Undo what a recording that broke off leaves: gradients, scalers and random numbers that still wait for it."""
+        """Undo what a recording that broke off leaves: gradients, scalers and random numbers that still wait for it.
+
+        Earlier recordings go, too: they would draw from the random state that waits.
+        """
         gan = self.gan
+        self.graphs.clear()
         for optimizer in (gan.optimizer_D, gan.optimizer_G):
             optimizer.zero_grad(set_to_none=True)
         for name in ("scaler_D", "scaler_G"):
@@ -3718,8 +3735,10 @@ def plot_look(look: Look, history: History) -> Figure:
 def plot_scored(images: Tensor, scores: Tensor, config: Config, ax: plt.Axes, columns: int = 5) -> None:
     """Draw images (n, 1, H, H) in [-1, 1], each in a frame coloured by D's score of it, which stands below."""
     a, b, side = config.real_label_smooth, config.fake_label_smooth, images.shape[2]
+    low, high = "fake", "real"
     if config.loss != "bce":  # no answer is known beforehand that the colours could end at
         b, a = scores.min().item() - 1e-6, scores.max().item() + 1e-6
+        low, high = "least real", "most real"
     edge, gap, below = max(1, side // 14), side // 6, side // 3
     colours = LinearSegmentedColormap.from_list("score", [COLOURS["G"], "#dddddd", COLOURS["D"]])
     canvas = np.ones((math.ceil(len(images) / columns) * (side + below), columns * (side + gap), 3))
@@ -3731,7 +3750,7 @@ def plot_scored(images: Tensor, scores: Tensor, config: Config, ax: plt.Axes, co
         ax.text(left + side / 2, top + side + 0.45 * below, f"{score:.2f}", ha="center", va="center", fontsize=7)
     ax.imshow(canvas, interpolation="nearest")
     ax.set_axis_off()
-    ax.set_title(f"G's images; below: what D says (orange: fake, {b:.3g}; blue: real, {a:.3g})", fontsize=8)
+    ax.set_title(f"G's images; below: what D says (orange: {low}, {b:.3g}; blue: {high}, {a:.3g})", fontsize=8)
 
 
 def _plot_gauge(diversity: float, ax: plt.Axes) -> None:
@@ -4562,7 +4581,7 @@ def process_group() -> Iterator[None]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")  # device=cpu works, too
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if dist.get_rank() else sys.stdout):
             yield

@@ -303,3 +303,11 @@ def test_scaled_follows_the_profile(monkeypatch):
     for there, value in ((True, 3), (False, 2)):
         monkeypatch.setattr(du.torch.cuda, "is_available", lambda there=there: there)
         assert du.scaled(smoke=1, cpu=2, gpu=3) == value
+
+
+def test_whole_numbers_will_do_for_rates():
+    """Adam refuses a whole number beside another one, and a tensor of one would cut off what lies behind the point."""
+    config = du.Config(beta1=0, lr_D=0, gradient_penalty=0)
+    assert [type(value) for value in (config.beta1, config.lr_D, config.gradient_penalty)] == [float] * 3
+    gan = du.FastDCGAN(ngf=4, ndf=4, beta1=0, lr_D=0)
+    assert gan.optimizer_D.param_groups[0]["betas"] == (0, 0.99)

@@ -108,6 +108,16 @@ def test_training_goes_on_after_several_skipped_steps(broken, data):
     assert weights(gan.average).isfinite().all()
 
 
+def test_an_overflow_where_d_reaches_into_g_is_no_divergence(data):
+    gan = scaled(du.FastDCGAN, detach=False)
+    overflow(gan.generator, times=2)
+    history = gan.train(2, data=data, callbacks=[])
+    assert gan.step == 8
+    assert history.batches["leak"][0] == 0
+    assert history.batches["leak"][-1] > 0
+    assert all(math.isfinite(v) for name in du.METRICS for v in history.batches[name])
+
+
 def test_d_keeps_no_gradient_of_gs_step_that_a_later_unscaling_could_meet(data):
     gan = scaled(du.DCGAN)
     one_iteration(gan, data)

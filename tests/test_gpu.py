@@ -222,6 +222,28 @@ def test_a_loss_that_looks_at_values_trains_all_the_same(precision, data, monkey
 
 
 @needs_gpu
+def test_a_recording_that_breaks_off_takes_earlier_ones_with_it(data):
+    """They would draw random numbers that nobody keeps."""
+
+    class LookingAtPenalties(du.RelativisticLoss):
+        """Decide by a value where a penalty is due."""
+
+        def generator(self, fake_logits, *rivals):
+            """Return G's loss."""
+            loss = super().generator(fake_logits, *rivals)
+            return loss * 2 if gan._penalty_is_due() and loss.item() > 1e9 else loss
+
+    settings = {"batch_size": 8, "device": "cuda", "precision": "fp32", "penalty_every": 2}
+    plain, gan = make(du.FastDCGAN, cuda_graphs=False, **settings), make(du.FastDCGAN, **settings)
+    gan.loss = LookingAtPenalties(gan.config)
+    plain.train(2, data=data, callbacks=[])
+    with pytest.warns(UserWarning, match="goes on without CUDA graphs"):
+        gan.train(2, data=data, callbacks=[])
+    assert gan.step == 32
+    assert torch.equal(gan._rng["cuda"], plain._rng["cuda"])
+
+
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:training goes on without CUDA graphs")
 def test_a_loss_that_somebody_holds_does_not_stop_the_training(data):
     """As in a notebook, where that of an earlier cell is still there: it may keep iterations from being recorded."""

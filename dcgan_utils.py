@@ -35,6 +35,7 @@ import importlib.util
 import io
 import json
 import math
+import numbers
 import os
 import re
 import shutil
@@ -133,7 +134,7 @@ class Config:
     optimizer: str = "adam"  # adam | rmsprop | sgd
     lr_G: float = 0.0002  # Radford et al. 2015
     lr_D: float = 0.0001  # half of G's, so that D does not run away
-    lr_schedule: str = "constant"  # constant | linear_tail (flat for the first half, then down to 0)
+    lr_schedule: str = "constant"  # constant | linear_tail (flat for the first half, then down towards 0)
     beta1: float = 0.5  # Adam's 0.9 oscillates here (Radford et al. 2015, §4)
     beta2: float = 0.999  # Adam's default
     adam_eps: float = 1e-8  # PyTorch's default; TensorFlow's is 1e-7
@@ -171,13 +172,13 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            value, whole = getattr(self, name), name in _INTEGERS
+            if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+                raise ValueError(f"Config.{name} = {value!r} must be a {'whole ' * whole}number")
+            if not low <= value <= high:
                 raise ValueError(f"Config.{name} = {value!r} is outside its range {low} … {high}")
-            if (
-                name not in _INTEGERS
-            ):  # Adam refuses a whole number beside another, and a tensor of one cuts the rest off
-                object.__setattr__(self, name, float(value))
+            # also NumPy's; and Adam refuses a whole number as beta, and a tensor of one cuts later rates off
+            object.__setattr__(self, name, int(value) if whole else float(value))
         for name in ("device", "out_dir"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"Config.{name} = {getattr(self, name)!r} must be text")
@@ -191,9 +192,6 @@ class Config:
                 f"Config.fake_label_smooth = {self.fake_label_smooth} must be below "
                 f"real_label_smooth = {self.real_label_smooth}; real is 1, fake is 0"
             )
-        for name in _INTEGERS:
-            if not isinstance(getattr(self, name), int):
-                raise ValueError(f"Config.{name} = {getattr(self, name)!r} must be a whole number")
         if self.batch_size % self.pack or (self.pack > 1 and self.conditional):
             raise ValueError(
                 f"Config.pack = {self.pack} needs a batch_size that it divides, not {self.batch_size}, and "
@@ -435,7 +433,7 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
     Returns images uint8 (N, H, H) and labels int64 (N,), -1 where there is no label column. Raises ValueError.
     """
     path = Path(path)
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark of their own
         header = next(csv.reader(file), [])
     label = header.index("label") if "label" in header else None
     pixels = len(header) - (label is not None)
@@ -446,12 +444,14 @@ def read_csv(path: str | Path) -> tuple[Tensor, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # no rows: said below
             warnings.simplefilter("error", DeprecationWarning)  # numpy 2.0 would read 1.5 as 1
-            table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.int64, ndmin=2))
+            table = torch.from_numpy(np.loadtxt(path, np.int64, delimiter=",", quotechar='"', skiprows=1, ndmin=2))
     except (ValueError, DeprecationWarning) as error:
         what = "a row as long as no other" if "columns changed" in str(error) else "a cell that is not a whole number"
         raise ValueError(f"{path} has {what} ({error})") from error
     if table.numel() == 0:
         raise ValueError(f"{path} has a header and no rows")
+    if table.shape[1] != len(header):
+        raise ValueError(f"{path} names {len(header)} columns, its rows have {table.shape[1]}")
     labels = torch.full((len(table),), -1) if label is None else table[:, label].clone()
     if label is not None:
         table = torch.cat([table[:, :label], table[:, label + 1 :]], dim=1)
@@ -465,7 +465,8 @@ def _check_pair(images: Tensor, labels: Tensor, where: str) -> None:
     if images.dtype != torch.uint8 or images.ndim not in (3, 4) or not len(images):
         raise ValueError(f"{where}: images are {images.dtype} {tuple(images.shape)}; needed are uint8 (N, H, W), N > 0")
     if labels.ndim != 1 or len(labels) != len(images):
-        raise ValueError(f"{where}: {len(images):,} images but {len(labels):,} labels; each image needs its own")
+        shape = f" of shape {tuple(labels.shape[1:])}" if labels.ndim > 1 else ""
+        raise ValueError(f"{where}: {len(images):,} images but {len(labels):,} labels{shape}; each image needs its own")
 
 
 def stacked_mnist(n: int = 128_000, split: str = "train", seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -743,9 +744,12 @@ class Growing(nn.Module):
         self.register_buffer("grown", torch.zeros(()))
 
     def grow(self, share: float) -> None:
-        """Take the size for a share 0 … 1 of the growth; each size is faded in for half its time, then trained."""
+        """Take the size for a share 0 … 1 of the growth; each size is faded in for half its time, then trained.
+
+        Nothing shrinks: a run that is made longer waits at its size until the share has come there again.
+        """
         turn, within = divmod(min(share, 1.0) * (self.doublings + 1), 1)
-        self.grown.fill_(min(self.doublings, max(0.0, turn - 1 + min(1.0, 2 * within))))
+        self.grown.fill_(min(self.doublings, max(float(self.grown), turn - 1 + min(1.0, 2 * within))))
 
     def stage(self) -> tuple[int, float]:
         """Return the largest size at work, counted in doublings of 4×4, and how much of it is faded in."""
@@ -1550,10 +1554,15 @@ class History(dict):
         return history
 
     def record(self, name: str, value: float) -> None:
-        """Write a value for the newest epoch under a name of one's own; epochs without one hold None."""
+        """Write a value for the newest epoch under a name of one's own; epochs without one hold None.
+
+        Raises ValueError before the first epoch has ended.
+        """
+        if not self["epoch"]:
+            raise ValueError(f"{name}: no epoch has ended yet; record it in on_epoch_end")
         values = self.setdefault(name, [])
         values += [None] * (len(self["epoch"]) - len(values))
-        values[-1] = value
+        values[-1] = float(value)
 
     def line(self, index: int = -1) -> dict[str, float]:
         """Return the values of one epoch, by default the newest; empty before the first one."""
@@ -1640,6 +1649,7 @@ class Trainer:
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         self._source: Any = None
+        self.trained_on: str | None = None  # the source that a checkpoint names
         self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
         self._share: float | Tensor = live(0.0, self.device)  # of the new weights in the average
@@ -1667,6 +1677,10 @@ class Trainer:
         grey = self.networks[1] in (StableDiscriminator, ProgressiveDiscriminator)
         if grey and max(self.config.channels, pack) > 1:
             raise ValueError(f"{type(self).__name__} has grey images, judged one by one: channels and pack must be 1")
+        if grey and self.config.conditional:
+            raise ValueError(
+                f"{type(self).__name__} has no classes; FastDCGAN and ConditionalDCGAN take conditional=True"
+            )
         if batch_size % (self.world * pack):
             raise ValueError(
                 f"batch_size = {batch_size} must be a multiple of the {self.world} processes"
@@ -1746,14 +1760,22 @@ class Trainer:
         compilers = ("g++", "clang++", "cl", os.environ.get("CXX", "g++"))
         if self.config.compile and self.device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise ValueError("compile = True needs a C++ compiler (g++, clang++ or cl); install one, or leave it False")
-        if batch_size is not None:
-            self.reconfigure(batch_size=batch_size)
-        self._set_data(data)
+        before = self.config
+        try:
+            if batch_size is not None:
+                self.reconfigure(batch_size=batch_size)
+            self._set_data(data)
+        except ValueError:  # what cannot be is not kept
+            self.reconfigure(batch_size=before.batch_size)
+            raise
         torch.set_flush_denormal(True)  # subnormal numbers, common early on, are many times slower
         callbacks = self.default_callbacks() if callbacks is None else list(callbacks)
         callbacks = callbacks if self.rank == 0 else []  # one process shows and saves
-        left = self.config.num_epochs - self.epoch if epochs is None else epochs
-        self.last_epoch = self.epoch + max(0, left)
+        started = 1 if self.position else 0  # an epoch that was cut short is finished in any case
+        left = max(self.config.num_epochs - self.epoch, started) if epochs is None else max(0, epochs)
+        if epochs is None and not left and self.config.num_epochs:
+            warnings.warn(f"all num_epochs = {self.config.num_epochs} are done; train(epochs) goes on", stacklevel=2)
+        self.last_epoch = self.epoch + left
         self._clock, self._max_seconds, self._elapsed, self.stop_reason = time.perf_counter(), max_seconds, 0.0, None
         with stop_on_interrupt(self), self._recording():
             self._tell(callbacks, "on_train_begin")
@@ -1928,8 +1950,12 @@ class Trainer:
         return self.config.noise_D * max(0.0, fade)
 
     def _follow_schedule(self) -> None:
-        """Set learning rates, and the size of networks that grow, for the share of the run that is done."""
-        done = self.epoch + self.position / len(self.images)
+        """Set learning rates, and the size of networks that grow, for the share of the run that is done.
+
+        Of the run as long as it is known to be: when it is made longer, rates rise again.
+        """
+        begun = self.position - self.config.batch_size * max(1, self.config.d_steps)  # this iteration is still to come
+        done = self.epoch + begun / len(self.images)
         share = done / max(self.config.num_epochs, self.last_epoch, 1)
         if self._max_seconds is not None:
             share = max(share, self._elapsed / self._max_seconds)
@@ -2057,24 +2083,34 @@ class Trainer:
                 images, labels = load_images(data)
             elif hasattr(data, "ndim"):
                 images, labels = torch.as_tensor(data), torch.full((len(data),), -1)
-            else:
+            elif isinstance(data, (tuple, list)) and len(data) == 2:
                 images, labels = map(torch.as_tensor, data)
+            else:
+                raise ValueError(f"data is a {type(data).__name__}; needed: a source, images, or (images, labels)")
             _check_pair(images, labels, "data")
             if (channels := images.shape[1] if images.ndim == 4 else 1) != self.config.channels:
-                raise ValueError(f"the images have {channels} channels, Config.channels is {self.config.channels}")
+                raise ValueError(
+                    f"the images have {channels} channels (they come first: N, C, H, W), "
+                    f"Config.channels is {self.config.channels}"
+                )
             self._check_labels(labels)
+            self._check_number(len(images))
             self.images = resize_images(images, self.config.image_size).to(self.device)
             self.labels = labels.to(self.device, torch.long)
             self._source = data
+        self._check_number(len(self.images))
         if self.position and len(self.images) != self._length:  # other data: the epoch under way cannot be finished
             self._drop_unfinished_line()
             self.position, self._sums = 0, dict.fromkeys(self._sums, 0.0)
         self._length = len(self.images)
-        needed = self.config.batch_size * max(1, self.config.d_steps)
-        if needed > len(self.images):
+
+    def _check_number(self, n: int) -> None:
+        """Raise ValueError unless n images are enough for an iteration."""
+        steps = max(1, self.config.d_steps)
+        if self.config.batch_size * steps > n:
             raise ValueError(
-                f"one iteration needs {needed:,} images (batch_size × d_steps), the data hold {len(self.images):,}; "
-                f"lower batch_size to at most {len(self.images) // max(1, self.config.d_steps)}"
+                f"one iteration needs {self.config.batch_size * steps:,} images (batch_size × d_steps), the data hold "
+                f"{n:,}; " + (f"lower batch_size to at most {n // steps}" if n >= 2 * steps else "get more")
             )
 
     def _check_labels(self, labels: Tensor) -> None:
@@ -3005,6 +3041,12 @@ def check_samples(samples: Tensor, needed: int = 1) -> None:
         raise ValueError(f"samples reach from {low:.3g} to {high:.3g}; images are in [-1, 1] (uint8 / 127.5 - 1)")
 
 
+def enough_images(train: Tensor, test: Tensor) -> None:
+    """Raise ValueError where there are too few real images for scores."""
+    if min(len(train), len(test)) < MIN_SAMPLES:
+        raise ValueError(f"{len(train)} and {len(test)} real images; scores need at least {MIN_SAMPLES} of each")
+
+
 class Reference:
     """Hold what real images score, so that generated ones can stand beside it: the real-vs-real floor.
 
@@ -3013,8 +3055,7 @@ class Reference:
     """
 
     def __init__(self, train: Tensor, test: Tensor, size: int, seen: Tensor | None = None) -> None:
-        if min(len(train), len(test)) < MIN_SAMPLES:
-            raise ValueError(f"{len(train)} and {len(test)} real images; scores need at least {MIN_SAMPLES} of each")
+        enough_images(train, test)
         self.size = size
         self.test, self.train = read_digits(test, size), read_digits(train, size)
         self.seen = self.train.features if seen is None else read_digits(seen, size).features
@@ -3228,7 +3269,11 @@ class JudgeSamples(Callback):
         self.n, self.distances, self.best, self.patience = n, distances, best, patience
 
     def on_train_begin(self, gan: GAN) -> None:
-        """Fail before the first batch for a wrong judge; warn where there is none."""
+        """Fail before the first batch for a wrong judge, too few images or a folder in use; warn without a judge."""
+        if self.distances:
+            enough_images(*gan._real_images())
+        if self.best is not None:
+            check_replaceable(Path(self.best))
         with or_warn("the judge's reading"):
             load_judge()
 
@@ -3295,6 +3340,7 @@ COLOURS = {"D": "#0072B2", "G": "#D55E00", "theory": "#555555", "third": "#009E7
 def plot_images(images: Tensor, title: str = "", columns: int = 8, ax: plt.Axes | None = None) -> Figure:
     """Draw images (n, 1, H, W) in [-1, 1] as one grid and return the figure."""
     fig, ax = _axes(ax, (columns * 0.62, 0.62 * math.ceil(len(images) / columns) + 0.35))
+    images = images if images.shape[1] in (1, 3) else images.mean(dim=1, keepdim=True)  # no colours of which one knows
     grid = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.35)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_axis_off()
@@ -3525,6 +3571,12 @@ class EpochReport(Callback):
 
 class SaveGrids(Callback):
     """Save a grid of the fixed-noise samples every `save_every` epochs: the frames of the animation."""
+
+    def on_train_begin(self, gan: GAN) -> None:
+        """Remove frames of epochs that are still to come: they are another run's."""
+        for frame in (gan.folder / "frames").glob("epoch_*.png"):
+            if frame.stem[6:].isdecimal() and int(frame.stem[6:]) > gan.epoch:
+                frame.unlink()
 
     def on_epoch_end(self, gan: GAN) -> None:
         """Save the grid that `generate_images` draws."""
@@ -4112,8 +4164,7 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
     CheckpointError where `path` holds other things.
     """
     path = Path(path)
-    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"state.json", "weights.safetensors"}):
-        raise CheckpointError(f"{path} holds other things, which saving would replace; choose a folder of its own")
+    check_replaceable(path)
     record, tensors = _checkpoint_of(gan)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -4138,6 +4189,12 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
     return path
 
 
+def check_replaceable(path: Path) -> None:
+    """Raise CheckpointError where a checkpoint's place is taken by other things, which saving would replace."""
+    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"state.json", "weights.safetensors"}):
+        raise CheckpointError(f"{path} holds other things, which saving would replace; choose a folder of its own")
+
+
 def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON record and the tensors that make up a checkpoint."""
     tensors, groups = {f"rng.{name}": state for name, state in gan._rng.items()}, {}
@@ -4156,6 +4213,7 @@ def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "version": __version__,
         "torch": torch.__version__,
         "recipe": gan.recipe,
+        "data": str(gan._source) if isinstance(gan._source, (str, Path)) else gan.trained_on,
         "config": dataclasses.asdict(gan.config),
         "progress": {"epoch": gan.epoch, "step": gan.step, "position": gan.position, "length": gan._length},
         "sums": gan._sums,
@@ -4199,14 +4257,14 @@ def restore(gan: Trainer, record: dict[str, Any], tensors: dict[str, Tensor]) ->
         gan.history.config = gan.config
         progress = record["progress"]
         gan.epoch, gan.step, gan.position = (progress[name] for name in ("epoch", "step", "position"))
-        gan._length = progress["length"]
+        gan._length, gan.trained_on = progress["length"], record.get("data")
         gan._sums |= record["sums"]  # an older record lacks some readings
-        gan._rng = _part(tensors, "rng")
+        gan._rng = {"cpu": tensors["rng.cpu"], **_part(tensors, "rng")}
         if gan._graphs:
             gan._graphs.forget()
         if gan.rank:  # only the first process's random numbers were saved
             gan._rng = {"cpu": torch.Generator().manual_seed(gan.step + 1_000_003 * gan.rank).get_state()}
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint does not fit its own config ({str(error).splitlines()[0]})") from error
 
 
@@ -4223,6 +4281,8 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict], ten
         weight = weights[int(index)]
         value = torch.empty_like(weight).copy_(value) if value.shape == weight.shape else value
         state.setdefault(int(index), {})[key] = value
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise ValueError("an optimiser remembers more of one weight than of another")
     machine = ("lr", "fused", "capturable")  # as this device needs them; the rate is set anew in every iteration
     groups = [
         {**kept, **{name: mine[name] for name in machine if name in mine}}
@@ -4232,19 +4292,17 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, groups: list[dict], ten
 
 
 def newest_checkpoint(folder: str | Path) -> Path:
-    """Return the checkpoint `folder` itself, or the newest epoch-… in it; raises FileNotFoundError."""
-    folder = Path(folder)
-    if (folder / "state.json").is_file():
-        return folder
-    found = _by_age(folder)
+    """Return the newest of the checkpoint `folder` itself and the epoch-… in it; raises FileNotFoundError."""
+    found = _by_age(Path(folder))
     if not found:
         raise FileNotFoundError(f"no checkpoint in {folder}: looked for state.json and epoch-*/state.json")
     return found[-1]
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """Return a folder's checkpoints, oldest first: their names may be those of several runs."""
-    return [p.parent for p in sorted(folder.glob("epoch-*/state.json"), key=lambda p: p.stat().st_mtime_ns)]
+    """Return a folder's checkpoints and itself if it is one, oldest first: names may be those of several runs."""
+    states = [*folder.glob("state.json"), *folder.glob("epoch-*/state.json")]
+    return [state.parent for state in sorted(states, key=lambda state: state.stat().st_mtime_ns)]
 
 
 class SaveCheckpoints(Callback):
@@ -4263,7 +4321,8 @@ class SaveCheckpoints(Callback):
         """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
         with or_warn(f"the checkpoint of epoch {gan.epoch}"):
             save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
-        for old in _by_age(self.folder)[:-2]:
+        mine = [path for path in _by_age(self.folder) if path.name.removeprefix("epoch-").isdecimal()]
+        for old in mine[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
 
@@ -4308,8 +4367,9 @@ class GAN(Trainer):
     def reference(self) -> Reference:
         """Return what real images score, read once for the data of this GAN."""
         if self._reference is None or self._reference[0] is not self._source:
-            seen = None if isinstance(self._source, (str, Path, NoneType)) else self.images
-            self._reference = (self._source, Reference(*self._real_images(), self.config.image_size, seen))
+            train, test = self._real_images()
+            seen = self.images if self.images is not None and len(train) < len(self.images) else None
+            self._reference = (self._source, Reference(train, test, self.config.image_size, seen))
         return self._reference[1]
 
     def _real_images(self) -> tuple[Tensor, Tensor]:
@@ -4317,7 +4377,8 @@ class GAN(Trainer):
         if isinstance(self._source, (str, Path, NoneType)):
             source = self._source or "mnist"
             train = load_images(source)[0] if self.images is None else self.images
-            return train, load_images(source, "test")[0]
+            with suppress(FileNotFoundError):  # a folder of training images alone
+                return train, load_images(source, "test")[0]
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0)).to(self.device)
         return tuple(self.images[half] for half in order.chunk(2))
 
@@ -4368,16 +4429,15 @@ class GAN(Trainer):
         """
         path = newest_checkpoint(path)
         record, tensors = read_checkpoint(path)
-        kind = RECIPES.get(record.get("recipe"))
+        recipe = str(record.get("recipe"))
+        kind = RECIPES.get(recipe)
         if kind is None:
-            raise CheckpointError(
-                f"{path} is of recipe {record.get('recipe')!r}{nearest_name(str(record.get('recipe')), RECIPES)}"
-            )
+            raise CheckpointError(f"{path} is of recipe {recipe!r}{nearest_name(recipe, RECIPES)}")
         if not issubclass(kind, cls):
             raise CheckpointError(f"{path} is a {kind.__name__}, not a {cls.__name__}; use {kind.__name__}.load")
         machine = {name: overrides.pop(name) for name in MACHINE if name in overrides}
         try:
-            gan = kind(configure(Config(), **{**record["config"], **machine}))
+            gan = kind(configure(Config(), **{**record.get("config", {}), **machine}))
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path} has a config that does not fit: {error}") from error
         restore(gan, record, tensors)
@@ -4551,7 +4611,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("--recipe", help=f"one of {', '.join(RECIPES)} (default: fast, or that of the resumed run)")
     train.add_argument("--epochs", type=int, help="in all, those of a resumed run included (default: the recipe's)")
     train.add_argument("--max-seconds", type=float, help="stop after so many seconds")
-    train.add_argument("--data", default="mnist", help="mnist, fashion-mnist, kmnist, or a folder of IDX or CSV files")
+    train.add_argument("--data", help="mnist (default), fashion-mnist, kmnist, or a folder of IDX or CSV files")
     train.add_argument("--out", type=Path, default=Path("outputs"), help="folder of checkpoints and pictures")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="Config fields, such as lr_D=5e-5")
@@ -4598,7 +4658,7 @@ def _train_command(options: argparse.Namespace) -> int:
         overrides["num_epochs"] = options.epochs
     if options.resume:
         gan = RECIPES.get(options.recipe, GAN).load(options.out, **overrides)
-    elif list(options.out.glob("epoch-*/state.json")):
+    elif _by_age(options.out):
         raise ValueError(f"{options.out} already holds checkpoints; add --resume, or choose another --out")
     else:
         gan = RECIPES[options.recipe or "fast"](**overrides)
@@ -4606,7 +4666,7 @@ def _train_command(options: argparse.Namespace) -> int:
         f"{type(gan).__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}"
     )
     callbacks = [*gan.default_callbacks(), SaveCheckpoints(options.out)]  # it saves what the judge has read
-    gan.train(data=options.data, max_seconds=options.max_seconds, callbacks=callbacks)
+    gan.train(data=options.data or gan.trained_on or "mnist", max_seconds=options.max_seconds, callbacks=callbacks)
     if gan.history["epoch"] and gan.rank == 0:
         gan.generate_images("FINAL")
         print(f"checkpoint: {gan.last_checkpoint}   pictures: {gan.folder}")
@@ -4620,8 +4680,9 @@ def _sample_command(options: argparse.Namespace) -> int:
     arrays = {"images": images.numpy()}
     if gan.config.conditional:
         arrays["digits"] = gan._digits(options.n, options.digits).cpu().numpy()
-    np.savez_compressed(prepare_file(options.out), **arrays)
-    print(f"{options.n} images of {images.shape[2]}×{images.shape[3]} in {options.out}")
+    path = options.out if options.out.suffix == ".npz" else options.out.with_name(f"{options.out.name}.npz")
+    np.savez_compressed(prepare_file(path), **arrays)
+    print(f"{options.n} images of {images.shape[2]}×{images.shape[3]} in {path}")
     return 0
 
 

@@ -40,7 +40,8 @@ def test_train_resume_and_sample(recipe, folder, tmp_path, capsys):
     assert re.search(r"(🟢|🟡|🔴) health after epoch 1: (healthy|watch|act)", text)
     assert du.main([*common, "--epochs", "2", *small]) == 1  # it would overwrite
     assert "--resume" in capsys.readouterr().err
-    assert du.main(["train", "--data", folder, "--out", out, "--epochs", "3", "--resume"]) == 0  # the recipe is known
+    assert du.main(["train", "--out", out, "--epochs", "3", "--resume"]) == 0  # recipe and data are known
+    assert folder in capsys.readouterr().out
     gan = du.GAN.load(out)
     assert gan.epoch == 3
     assert gan.config.nz == 8
@@ -50,7 +51,8 @@ def test_train_resume_and_sample(recipe, folder, tmp_path, capsys):
     assert "fid" not in gan.history  # distances are asked for by those who want to wait for them
     assert (tmp_path / "run" / recipe / "real_vs_fake.png").stat().st_size > 1000
     assert (tmp_path / "run" / recipe / "images_FINAL.png").exists()
-    assert du.main(["sample", "--checkpoint", out, "--n", "7", "--out", str(tmp_path / "s.npz"), "--seed", "1"]) == 0
+    assert du.main(["sample", "--checkpoint", out, "--n", "7", "--out", str(tmp_path / "s"), "--seed", "1"]) == 0
+    assert str(tmp_path / "s.npz") in capsys.readouterr().out  # NumPy's ending, which one need not write
     arrays = np.load(tmp_path / "s.npz")
     assert arrays["images"].shape == (7, 1, gan.config.image_size, gan.config.image_size)
     assert arrays["images"].dtype == np.float32

@@ -7,6 +7,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dcgan_utils as du
@@ -311,3 +312,11 @@ def test_whole_numbers_will_do_for_rates():
     assert [type(value) for value in (config.beta1, config.lr_D, config.gradient_penalty)] == [float] * 3
     gan = du.FastDCGAN(ngf=4, ndf=4, beta1=0, lr_D=0)
     assert gan.optimizer_D.param_groups[0]["betas"] == (0, 0.99)
+
+
+def test_numbers_of_numpy_will_do():
+    config = du.Config(num_epochs=np.int64(3), lr_D=np.float32(0.5))
+    assert (config.num_epochs, config.lr_D) == (3, 0.5)
+    assert (type(config.num_epochs), type(config.lr_D)) == (int, float)
+    assert "must be a number" in refused(lr_D="1e-4")
+    assert "must be a whole number" in refused(batch_size=1.5)

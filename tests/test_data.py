@@ -708,3 +708,22 @@ def test_optional_libraries_are_imported_where_they_are_used(root):
     assert "torch" in top
     heavy = {"torchmetrics", "ipywidgets", "wandb", "tensorboard", "torch.utils.tensorboard"}
     assert not {name for name in top if name in heavy or name.split(".")[0] in heavy}
+
+
+def test_csv_as_a_spreadsheet_writes_it(tmp_path):
+    quoted = ",".join(f'"{cell}"' for cell in ROW.split(","))
+    (tmp_path / "train.csv").write_text(f"\ufeff{HEADER}\n{quoted}\n", encoding="utf-8")
+    images, labels = du.load_images(tmp_path)
+    assert images.flatten().tolist() == list(range(16))
+    assert labels.tolist() == [5]
+
+
+def test_csv_whose_rows_are_all_shorter_than_its_header(tmp_path):
+    (tmp_path / "train.csv").write_text(f"{HEADER}\n5,1,2\n6,1,2\n")
+    assert "names 17 columns, its rows have 3" in refused(ValueError, du.load_images, tmp_path)
+
+
+def test_one_hot_labels_are_refused_in_words():
+    images = torch.zeros(4, 28, 28, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"4 images but 4 labels of shape \(10,\)"):
+        du.FastDCGAN().train(1, data=(images, torch.eye(10, dtype=torch.long)[:4]))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from tiny import RECIPES, make, same, weights
@@ -747,6 +748,7 @@ def play(monkeypatch, gan, distances):
         return {"confidence": 0.9, "class_gap": 0.1, "fid": answer}
 
     monkeypatch.setattr(gan, "judge_samples", judge_samples)
+    monkeypatch.setattr(du, "enough_images", lambda *_: None)
 
 
 def test_judge_samples_writes_columns_in_step_with_the_epochs(few):
@@ -984,3 +986,27 @@ def test_evaluate_adds_inception_when_asked(few, monkeypatch):
 def test_importing_the_module_does_not_import_torchmetrics(root):
     code = "import sys, dcgan_utils; sys.exit('torchmetrics' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+def test_what_judging_lacks_is_said_before_the_first_batch(tmp_path, mnist_small):
+    images, labels = mnist_small
+    gan, few = make(), (images[:150], labels[:150])
+    with pytest.raises(ValueError, match="75 and 75 real images"):
+        gan.train(1, data=few, callbacks=[du.JudgeSamples(100)])
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "notes.txt").write_text("mine")
+    with pytest.raises(du.CheckpointError, match="holds other things"):
+        gan.train(1, data=(images[:250], labels[:250]), callbacks=[du.JudgeSamples(100, best=tmp_path / "best")])
+    assert gan.step == 0
+
+
+def test_a_folder_of_training_images_alone_is_judged_by_halves(tmp_path, mnist_small):
+    images, labels = mnist_small
+    rows = torch.cat([labels[:220, None], images[:220].flatten(1)], dim=1)
+    header = "label," + ",".join(f"pixel{i}" for i in range(784))
+    np.savetxt(tmp_path / "train.csv", rows.numpy(), fmt="%d", delimiter=",", header=header, comments="")
+    gan = make()
+    gan.train(1, data=tmp_path, callbacks=[])
+    train, test = gan._real_images()
+    assert (len(train), len(test)) == (110, 110)
+    assert len(gan.reference().seen) == 220

@@ -9,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+from tiny import make
 
 import dcgan_utils as du
 from dcgan_utils import Config
@@ -391,3 +392,17 @@ def test_distances_are_root_mean_square_pixels():
     assert (index.item(), distance.item()) == (1, pytest.approx(0, abs=1e-6))
     _, distance = du.nearest_neighbours(torch.full((1, 1, 4, 4), -1.0), white)
     assert distance.item() == pytest.approx(2)
+
+
+def test_images_of_two_channels_are_drawn_grey():
+    figure = du.plot_images(torch.stack([torch.ones(4, 8, 8), -torch.ones(4, 8, 8)], dim=1), columns=4)
+    (picture,) = figure.axes[0].get_images()
+    assert np.allclose(picture.get_array()[3, 3], 0.5)
+
+
+def test_frames_of_another_run_do_not_get_into_an_animation(mnist_small, tmp_path):
+    data = mnist_small[0][:32], mnist_small[1][:32]
+    for epochs in (3, 1):
+        gan = make(out_dir=str(tmp_path), save_every=1, seed=epochs)
+        gan.train(epochs, data=data, callbacks=[du.SaveGrids()])
+    assert [frame.name for frame in (gan.folder / "frames").glob("*.png")] == ["epoch_001.png"]

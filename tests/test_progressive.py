@@ -185,3 +185,12 @@ def test_sizes_fade_in_half_precision_too(mnist_small):
     gan = make(du.ProgressiveGAN, precision="bf16", growth=1.0)
     history = gan.train(1, data=mnist_small[0][:256], callbacks=[])
     assert all(math.isfinite(history[name][0]) for name in ("loss_D", "loss_G", "diversity"))
+
+
+def test_a_run_that_is_made_longer_does_not_shrink(mnist_small):
+    data, watch = mnist_small[0][:64], Watch()
+    gan = make(du.ProgressiveGAN, num_epochs=3)
+    gan.train(data=data, callbacks=[])
+    assert float(gan.generator.grown) == 2
+    gan.train(4, data=data, callbacks=[watch])
+    assert set(watch.grown) == {2.0}

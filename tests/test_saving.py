@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import RECIPES, make, same, weights
 
 import dcgan_utils as du
@@ -259,3 +260,64 @@ def test_an_unwritable_folder_is_refused_before_training(digits, tmp_path):
     assert gan.step == 0
     with pytest.raises(OSError, match="cannot save"):
         gan.save(tmp_path / "file" / "ck")
+
+
+def test_the_newest_of_a_checkpoint_and_those_in_it_goes_on(digits, tmp_path):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "mine")
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(tmp_path / "mine" / "epoch-0002")
+    assert du.GAN.load(tmp_path / "mine").epoch == 2
+
+
+def test_only_numbered_checkpoints_are_thinned_out(digits, tmp_path):
+    gan = make()
+    gan.save(tmp_path / "epoch-best")
+    gan.train(4, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        "epoch-0003",
+        "epoch-0004",
+        "epoch-best",
+    ]
+
+
+def break_state(change):
+    """Return a function that changes a checkpoint's record."""
+
+    def act(folder):
+        record = json.loads((folder / "state.json").read_text())
+        change(record)
+        (folder / "state.json").write_text(json.dumps(record))
+
+    return act
+
+
+def drop_tensor(name):
+    """Return a function that removes one tensor of a checkpoint."""
+
+    def act(folder):
+        tensors = load_file(folder / "weights.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "weights.safetensors")
+
+    return act
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        break_state(lambda record: record.pop("config")),
+        break_state(lambda record: record.update(recipe=["fast"])),
+        break_state(lambda record: record["param_groups"].update(optimizer_G=[])),
+        drop_tensor("rng.cpu"),
+        drop_tensor("optimizer_G.0.exp_avg"),
+    ],
+    ids=["no config", "a list as recipe", "no groups", "no random numbers", "half of a memory"],
+)
+def test_a_checkpoint_that_lacks_something_is_refused_before_it_trains(damage, digits, tmp_path):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    damage(gan.save(tmp_path / "ck"))
+    with pytest.raises(du.CheckpointError):
+        du.GAN.load(tmp_path / "ck")

@@ -247,7 +247,7 @@ def test_noise_on_what_d_sees_fades():
     assert make().noisy(images) is images
 
 
-def test_linear_tail_is_flat_then_falls_to_zero(digits):
+def test_linear_tail_is_flat_then_falls_to_the_last_batch(digits):
     seen = []
 
     class Reads(du.Callback):
@@ -256,8 +256,8 @@ def test_linear_tail_is_flat_then_falls_to_zero(digits):
 
     gan = make(num_epochs=2, lr_G=0.01)
     gan.train(data=digits, callbacks=[Reads()])
-    assert seen[:5] == pytest.approx([0.01] * 5)
-    assert seen[-1] == pytest.approx(0.0)
+    assert seen[:7] == pytest.approx([0.01] * 7)
+    assert seen[7:] == pytest.approx([0.01 * (12 - k) / 6 for k in range(7, 12)])  # by what is done before each
     assert all(a >= b for a, b in pairwise(seen))
 
 
@@ -309,7 +309,7 @@ def test_data_are_resized_to_the_recipe(digits):
         (lambda x, y: (x.float(), y), r"needed are uint8"),
         (lambda x, y: (x[:, None, None], y), r"needed are uint8 \(N, H, W\)"),
         (lambda x, y: (x[0], y), r"needed are uint8 \(N, H, W\)"),
-        (lambda x, y: (x[:, None].expand(-1, 3, -1, -1), y), r"images have 3 channels, Config\.channels is 1"),
+        (lambda x, y: (x[:, None].expand(-1, 3, -1, -1), y), r"images have 3 channels .*Config\.channels is 1"),
         (lambda x, y: (x[:0], y[:0]), r"N > 0"),
     ],
 )
@@ -657,3 +657,63 @@ def test_the_readings_of_samples_go_into_a_diagnosis(digits):
     collapsed = du.diagnose(gan.history, samples=gan.sample_readings())
     assert collapsed.cause.name == "copies among samples"
     assert dataclasses.replace(gan.config, **collapsed.cause.changes) != gan.config
+
+
+def test_the_last_batch_of_a_falling_rate_still_learns(digits):
+    gan = make(num_epochs=1, lr_schedule="linear_tail", batch_size=96)
+    gan.train(data=digits, callbacks=[])
+    assert gan.step == 1
+    assert gan.history["move_D"][0] > 0
+    assert gan.history["move_G"][0] > 0
+
+
+def test_a_batch_size_that_cannot_be_is_not_kept(digits):
+    gan = make()
+    with pytest.raises(ValueError, match="lower batch_size to at most 96"):
+        gan.train(1, batch_size=97, data=digits)
+    assert gan.config.batch_size == 16
+    assert gan.images is None
+    gan.train(1, data=digits, callbacks=[])
+    with pytest.raises(ValueError, match="lower batch_size to at most 96"):
+        gan.train(1, batch_size=97, data=digits)
+    gan.train(1, data=digits, callbacks=[])
+    assert gan.epoch == 2
+    with pytest.raises(ValueError, match="the data hold 1; get more"):
+        gan.train(1, data=(digits[0][:1], digits[1][:1]))
+
+
+def test_a_run_that_is_done_says_so_and_a_started_epoch_is_finished(digits):
+    gan = make(num_epochs=1)
+    gan.train(2, data=digits, callbacks=[StopAt(8)])
+    assert (gan.epoch, gan.batch) == (1, 2)
+    gan.train(data=digits, callbacks=[])
+    assert (gan.epoch, gan.batch, gan.step) == (2, 0, 12)
+    with pytest.warns(UserWarning, match="num_epochs = 1 are done"):
+        gan.train(data=digits, callbacks=[])
+    assert gan.step == 12
+
+
+@pytest.mark.parametrize("data", [[torch.zeros(4, 28, 28, dtype=torch.uint8)] * 3, {"images": 1}, 5])
+def test_data_of_another_kind_are_refused_in_words(data):
+    with pytest.raises(ValueError, match=rf"data is a {type(data).__name__}; needed: a source, images, or"):
+        make().train(1, data=data)
+
+
+def test_images_with_channels_last_are_refused_in_words():
+    with pytest.raises(ValueError, match="they come first: N, C, H, W"):
+        make(conditional=False, channels=3).train(1, data=torch.zeros(64, 28, 28, 3, dtype=torch.uint8))
+
+
+def test_readings_of_ones_own_become_plain_numbers(digits):
+    gan = make()
+    with pytest.raises(ValueError, match="mine: no epoch has ended yet"):
+        gan.history.record("mine", 1.0)
+    gan.train(1, data=digits, callbacks=[])
+    gan.history.record("mine", torch.tensor(2.5))
+    assert json.loads(json.dumps(gan.history.to_json()))["epochs"]["mine"] == [2.5]
+
+
+@pytest.mark.parametrize("kind", [du.StableDCGAN, du.ProgressiveGAN])
+def test_recipes_without_classes_do_not_pretend(kind):
+    with pytest.raises(ValueError, match=f"{kind.__name__} has no classes"):
+        make(kind, conditional=True)

@@ -864,19 +864,20 @@ class Pass(torch.autograd.Function):
         ctx: Any, task: str, first: Tensor, second: Tensor, cut: Tensor | None, k: int, stride: int, ways: Ways
     ) -> Tensor:
         """Return what the task makes of its two inputs; cut: the patches of x, where they are at hand."""
-        ctx.save_for_backward(first, second)
-        ctx.task, ctx.cut, ctx.how = task, cut, (k, stride, ways)
+        ctx.task, ctx.how = task, (k, stride, ways)
         if task == "convolve" and cut is None and ctx.needs_input_grad[2]:
-            ctx.cut = cut = shared_patches(first, *ctx.how)
+            cut = shared_patches(first, *ctx.how)
+        ctx.save_for_backward(first, second, cut)
         return PASSES[task][getattr(ways, task)](first, second, k, stride, *([] if cut is None else [cut]))
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         """Return the derivatives by both inputs."""
-        first, second = ctx.saved_tensors
+        first, second, cut = ctx.saved_tensors
         slope = slope.contiguous(memory_format=torch.channels_last)
         needs = ctx.needs_input_grad[1:3]
-        cut = shared_patches(slope, *ctx.how) if ctx.task == "transpose" and all(needs) else ctx.cut
+        if ctx.task == "transpose" and all(needs):
+            cut = shared_patches(slope, *ctx.how)
         asked = {
             "convolve": (("transpose", slope, second, None), ("slope", slope, first, cut)),
             "transpose": (("convolve", slope, second, cut), ("slope", first, slope, cut)),
@@ -1649,7 +1650,7 @@ class Trainer:
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         self._source: Any = None
-        self.trained_on: str | None = None  # the source that a checkpoint names
+        self.trained_on: str | None = None  # the source by name, also of a checkpoint
         self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
         self._share: float | Tensor = live(0.0, self.device)  # of the new weights in the average
@@ -1734,7 +1735,7 @@ class Trainer:
 
     def restart(self) -> None:
         """Begin anew with fresh networks and an empty history; Config and data stay."""
-        data = {name: vars(self)[name] for name in ("images", "labels", "_source")}
+        data = {name: vars(self)[name] for name in ("images", "labels", "_source", "trained_on")}
         self.__init__(self.config)
         vars(self).update(data)
 
@@ -1765,8 +1766,9 @@ class Trainer:
             if batch_size is not None:
                 self.reconfigure(batch_size=batch_size)
             self._set_data(data)
-        except ValueError:  # what cannot be is not kept
-            self.reconfigure(batch_size=before.batch_size)
+        except Exception:  # what cannot be is not kept
+            if self.config is not before:
+                self.reconfigure(batch_size=before.batch_size)
             raise
         torch.set_flush_denormal(True)  # subnormal numbers, common early on, are many times slower
         callbacks = self.default_callbacks() if callbacks is None else list(callbacks)
@@ -1774,7 +1776,9 @@ class Trainer:
         started = 1 if self.position else 0  # an epoch that was cut short is finished in any case
         left = max(self.config.num_epochs - self.epoch, started) if epochs is None else max(0, epochs)
         if epochs is None and not left and self.config.num_epochs:
-            warnings.warn(f"all num_epochs = {self.config.num_epochs} are done; train(epochs) goes on", stacklevel=2)
+            warnings.warn(
+                f"num_epochs = {self.config.num_epochs} are done, so nothing was trained; train(n) adds n", stacklevel=2
+            )
         self.last_epoch = self.epoch + left
         self._clock, self._max_seconds, self._elapsed, self.stop_reason = time.perf_counter(), max_seconds, 0.0, None
         with stop_on_interrupt(self), self._recording():
@@ -2098,6 +2102,7 @@ class Trainer:
             self.images = resize_images(images, self.config.image_size).to(self.device)
             self.labels = labels.to(self.device, torch.long)
             self._source = data
+            self.trained_on = str(data) if isinstance(data, (str, Path)) else None
         self._check_number(len(self.images))
         if self.position and len(self.images) != self._length:  # other data: the epoch under way cannot be finished
             self._drop_unfinished_line()
@@ -3270,12 +3275,12 @@ class JudgeSamples(Callback):
 
     def on_train_begin(self, gan: GAN) -> None:
         """Fail before the first batch for a wrong judge, too few images or a folder in use; warn without a judge."""
-        if self.distances:
-            enough_images(*gan._real_images())
         if self.best is not None:
             check_replaceable(Path(self.best))
         with or_warn("the judge's reading"):
             load_judge()
+            if self.distances and (gan._reference is None or gan._reference[0] is not gan._source):
+                enough_images(*gan._real_images())
 
     def on_epoch_end(self, gan: GAN) -> None:
         """Read them, also after an epoch that was cut short."""
@@ -3340,7 +3345,7 @@ COLOURS = {"D": "#0072B2", "G": "#D55E00", "theory": "#555555", "third": "#009E7
 def plot_images(images: Tensor, title: str = "", columns: int = 8, ax: plt.Axes | None = None) -> Figure:
     """Draw images (n, 1, H, W) in [-1, 1] as one grid and return the figure."""
     fig, ax = _axes(ax, (columns * 0.62, 0.62 * math.ceil(len(images) / columns) + 0.35))
-    images = images if images.shape[1] in (1, 3) else images.mean(dim=1, keepdim=True)  # no colours of which one knows
+    images = images if images.shape[1] in (1, 3) else images.mean(dim=1, keepdim=True)  # others are no colours
     grid = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.35)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
     ax.set_axis_off()
@@ -3570,13 +3575,10 @@ class EpochReport(Callback):
 
 
 class SaveGrids(Callback):
-    """Save a grid of the fixed-noise samples every `save_every` epochs: the frames of the animation."""
+    """Save a grid of the fixed-noise samples every `save_every` epochs: the frames of the animation.
 
-    def on_train_begin(self, gan: GAN) -> None:
-        """Remove frames of epochs that are still to come: they are another run's."""
-        for frame in (gan.folder / "frames").glob("epoch_*.png"):
-            if frame.stem[6:].isdecimal() and int(frame.stem[6:]) > gan.epoch:
-                frame.unlink()
+    Frames of epochs that are still to come are removed: they are those of an earlier run.
+    """
 
     def on_epoch_end(self, gan: GAN) -> None:
         """Save the grid that `generate_images` draws."""
@@ -3584,6 +3586,9 @@ class SaveGrids(Callback):
         if every and not gan.position and gan.epoch % every == 0:
             with or_warn(f"the grid of epoch {gan.epoch}"):
                 gan.generate_images(gan.epoch)
+                for frame in (gan.folder / "frames").glob("epoch_*.png"):
+                    if frame.stem[6:].isdecimal() and int(frame.stem[6:]) > gan.epoch:
+                        frame.unlink()
 
 
 def save_picture(figure: Figure, path: str | Path) -> Path:
@@ -4213,7 +4218,7 @@ def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "version": __version__,
         "torch": torch.__version__,
         "recipe": gan.recipe,
-        "data": str(gan._source) if isinstance(gan._source, (str, Path)) else gan.trained_on,
+        "data": gan.trained_on,
         "config": dataclasses.asdict(gan.config),
         "progress": {"epoch": gan.epoch, "step": gan.step, "position": gan.position, "length": gan._length},
         "sums": gan._sums,
@@ -4321,7 +4326,8 @@ class SaveCheckpoints(Callback):
         """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
         with or_warn(f"the checkpoint of epoch {gan.epoch}"):
             save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
-        mine = [path for path in _by_age(self.folder) if path.name.removeprefix("epoch-").isdecimal()]
+        numbered = re.compile(r"epoch-\d+")  # what else lies there is not ours to remove
+        mine = [path for path in _by_age(self.folder) if path != self.folder and numbered.fullmatch(path.name)]
         for old in mine[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -4377,8 +4383,11 @@ class GAN(Trainer):
         if isinstance(self._source, (str, Path, NoneType)):
             source = self._source or "mnist"
             train = load_images(source)[0] if self.images is None else self.images
-            with suppress(FileNotFoundError):  # a folder of training images alone
+            try:
                 return train, load_images(source, "test")[0]
+            except FileNotFoundError:
+                if self.images is None or not Path(source).is_dir():  # else a folder of training images alone
+                    raise
         order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0)).to(self.device)
         return tuple(self.images[half] for half in order.chunk(2))
 

@@ -282,6 +282,23 @@ def test_only_numbered_checkpoints_are_thinned_out(digits, tmp_path):
     ]
 
 
+def test_a_folder_that_is_a_checkpoint_itself_survives_those_saved_into_it(digits, tmp_path):
+    gan, folder = make(), tmp_path / "epoch-0001"
+    gan.save(folder)
+    gan.train(4, data=digits, callbacks=[du.SaveCheckpoints(folder)])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "epoch-0003", "epoch-0004", "state.json", "weights.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_names_the_data_it_was_trained_on(digits, tmp_path):
+    gan = make()
+    gan.trained_on = "fashion-mnist"  # as a checkpoint would say
+    assert du.GAN.load(gan.save(tmp_path / "named")).trained_on == "fashion-mnist"
+    gan.train(1, data=digits, callbacks=[])
+    assert du.GAN.load(gan.save(tmp_path / "nameless")).trained_on is None
+
+
 def break_state(change):
     """Return a function that changes a checkpoint's record."""
 

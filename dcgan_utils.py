@@ -3795,7 +3795,7 @@ def plot_scored(images: Tensor, scores: Tensor, config: Config, ax: plt.Axes, co
     low, high = "fake", "real"
     if config.loss != "bce":  # no answer is known beforehand that the colours could end at
         b, a = scores.min().item() - 1e-6, scores.max().item() + 1e-6
-        low, high = "least real", "most real"
+        low, high = "least real", "most"
     edge, gap, below = max(1, side // 14), side // 6, side // 3
     colours = LinearSegmentedColormap.from_list("score", [COLOURS["G"], "#dddddd", COLOURS["D"]])
     canvas = np.ones((math.ceil(len(images) / columns) * (side + below), columns * (side + gap), 3))

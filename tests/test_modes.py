@@ -166,7 +166,7 @@ def test_labels_go_with_channels():
 def test_data_of_another_number_of_channels_are_refused(kind, stacks, mnist_small):
     with pytest.raises(ValueError, match=r"the images have 1 channels .*Config\.channels is 3"):
         make(kind, **STACKS).train(1, data=mnist_small[0], callbacks=[])
-    with pytest.raises(ValueError, match=r"the images have 3 channels, Config\.channels is 1"):
+    with pytest.raises(ValueError, match=r"the images have 3 channels .*Config\.channels is 1"):
         make(kind, **FREE).train(1, data=stacks[0], callbacks=[])
 
 

@@ -71,7 +71,8 @@ def run(name: str, epochs: int | None = None) -> dict[str, Any]:
         gan = du.GAN.load(folder)
     else:
         gan = kind(num_epochs=epochs or all_epochs, **config)
-    gan.train(data=du.stacked_mnist(), callbacks=[Course(), du.SaveCheckpoints(folder)])
+    if gan.epoch < gan.config.num_epochs or gan.position:
+        gan.train(data=du.stacked_mnist(), callbacks=[Course(), du.SaveCheckpoints(folder)])
     du.save_picture(du.plot_images(gan.fixed_samples(48), RECIPES[name][0], columns=12), RESULTS / f"{name}.png")
     last, history = gan.history.last(), gan.history
     course = {key: history[key] for key in ("epoch", "cpu_seconds", "modes", "kl", "diversity", "images_per_second")}

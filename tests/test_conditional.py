@@ -149,6 +149,32 @@ def test_what_a_wrong_label_costs(kind, digits):
     assert du.ask(free, free.discriminator, real, None, real=True)[1] == 0.0
 
 
+def test_the_weight_of_wrong_labels_fades_as_the_learning_rates_do(digits, monkeypatch):
+    """By the drawn label's cost: flat for half the run, then down to the last batch; else and by default flat."""
+    costs, ask = {}, du.ask
+
+    def noted(gan, network, images, labels, real=False):
+        answers, cost = ask(gan, network, images, labels, real)
+        if real:
+            state = torch.get_rng_state()
+            torch.manual_seed(0)
+            with torch.no_grad():  # a D that never learns, so that only the weight can change
+                costs[key].append(ask(gan, lambda *_: torch.eye(16, 11), images[:16], labels[:16] * 0, True)[1].item())
+            torch.set_rng_state(state)
+        return answers, cost
+
+    monkeypatch.setattr(du, "ask", noted)
+    for key in ((True, "linear_tail"), (False, "linear_tail"), (True, "constant")):
+        costs[key] = []
+        gan = make(du.FastDCGAN, matching_fades=key[0], lr_schedule=key[1], batch_size=16, num_epochs=1)
+        gan.train(data=(digits[0][:96], digits[1][:96]), callbacks=[])
+    first = costs[True, "constant"][0]
+    assert first > 0
+    assert costs[False, "linear_tail"] == costs[True, "constant"] == pytest.approx([first] * 6)
+    falls = [1, 1, 1, 1, 2 / 3, 1 / 3]  # of a batch before it is taken
+    assert costs[True, "linear_tail"] == pytest.approx([first * share for share in falls], rel=1e-5)
+
+
 def test_the_wrong_label_is_each_of_the_others_as_often():
     """Heads that favour one class by much: it costs that much when it is drawn, else nothing."""
     gan = make(du.FastDCGAN, matching_weight=0.5)

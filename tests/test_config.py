@@ -55,6 +55,7 @@ CHOICES = {
     "conditional": (True, False),
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
     "start_at_background": (True, False),
+    "matching_fades": (True, False),
     "compile": (True, False),
     "cuda_graphs": (True, False),
     "detach": (True, False),
@@ -218,7 +219,8 @@ def test_configure_checks_the_values_too():
             {
                 "batch_size": 64, "image_size": 28, "nz": 64, "ngf": 32, "ndf": 32, "optimizer": "adam",
                 "lr_G": 3e-3, "lr_D": 3e-3, "beta1": 0.0, "beta2": 0.99, "lr_schedule": "linear_tail",
-                "num_epochs": 6, "ema": 0.99, "conditional": True, "conditioning": "matching", "matching_weight": 0.15,
+                "num_epochs": 6, "ema": 0.99, "conditional": True, "conditioning": "matching", "matching_weight": 0.25,
+                "matching_fades": True,
                 "loss": "relativistic", "gradient_penalty": 0.2, "penalty_every": 8, "batch_norm_D": False,
                 "batch_norm_G": True, "channels": 1, "pack": 1, "start_at_background": True, "dropout_D": 0.0,
                 "dropout_G": 0.0,

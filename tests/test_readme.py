@@ -126,17 +126,28 @@ def test_the_judge_said_what_the_readme_says(readme, root, start, folder):
 
 NAMES = {
     "`FastDCGAN`": "FastDCGAN", "`L`": "L", "`U`": "U", "`N`": "N", "`N`, label-free": "N, label-free",
-    "`FastDCGAN(conditional=False)`": "FastDCGAN, label-free",
+    "`FastDCGAN(conditional=False)`": "FastDCGAN, label-free", "`match 0.15`": "match 0.15",
 }  # fmt: skip
+
+
+def kept_trials(root, file: str, amx: bool = False) -> list[dict]:
+    """Return the trials of a file, those with AMX or the others."""
+    trials = [json.loads(line) for line in (root / "results" / "speed" / file).read_text().splitlines()]
+    if amx:  # earlier ones, on a busy host with another torch, say so in their machine
+        return [trial for trial in trials if trial.get("machine", "").endswith("AMX, torch 2.14.1+cu130")]
+    return [trial for trial in trials if "AMX" not in trial.get("machine", "")]
 
 
 @pytest.mark.parametrize(
     ("file", "head", "rows"),
-    [("trials.jsonl", "| recipe | nominal seconds |", 11), ("clock.jsonl", "| recipe | seconds | seeds | images |", 6)],
+    [
+        ("trials.jsonl", "| recipe | nominal seconds |", 11),
+        ("clock.jsonl", "| recipe | seconds | seeds | images |", 6),
+        ("clock.jsonl", "| with AMX | seconds | seeds | images |", 3),
+    ],
 )
 def test_the_speed_trials_gave_what_the_readme_says(readme, root, file, head, rows):
-    trials = [json.loads(line) for line in (root / "results" / "speed" / file).read_text().splitlines()]
-    trials = [trial for trial in trials if "AMX" not in trial.get("machine", "")]
+    trials = kept_trials(root, file, amx="AMX" in head)
     lines = readme[readme.index(head) :].split("\n\n")[0].splitlines()
     scores = ["fid", "recall", "precision", "digit_accuracy"]
     assert len(lines) == 2 + rows
@@ -159,33 +170,32 @@ def test_the_speed_trials_gave_what_the_readme_says(readme, root, file, head, ro
 
 
 def test_by_the_clock_came_out_what_the_readme_says(readme, root):
-    runs = [json.loads(line) for line in (root / "results" / "speed" / "clock.jsonl").read_text().splitlines()]
-    here = [r for r in runs if (r["idea"], r["seconds"]) == ("FastDCGAN", 60) and "AMX" not in r["machine"]]
+    runs = [run for run in kept_trials(root, "clock.jsonl") if run["seconds"] == 60]
     minutes: dict[str, dict[int, int]] = {}
-    for r in runs:
-        if r["seconds"] == 60 and "AMX" not in r["machine"]:
-            minutes.setdefault(r["idea"], {})[r["seed"]] = r["images"]
+    for run in runs:
+        minutes.setdefault(run["idea"], {})[run["seed"]] = run["images"]
     spread = max(max(seen.values()) / min(seen.values()) - 1 for seen in minutes.values())
     assert f"differs by up to {100 * spread:.0f} %" in readme
-    pairs = [minutes["FastDCGAN"][seed] / images for seed, images in minutes["L"].items()]
-    assert f"`FastDCGAN` saw {statistics.mean(pairs):.2f} of `L`'s images" in readme
-    worst, fewest = max(r["fid"] for r in here), min(r["digit_accuracy"] for r in here)
+    pairs = [minutes["match 0.15"][seed] / images for seed, images in minutes["L"].items()]
+    assert f"`match 0.15` saw {statistics.mean(pairs):.2f} of `L`'s images" in readme
+    here = [run for run in runs if run["idea"] == "match 0.15"]
+    worst, fewest = max(run["fid"] for run in here), min(run["digit_accuracy"] for run in here)
     assert f"the worst of them has distance {worst:.2f} and {100 * fewest:.1f} % read as asked" in readme
 
 
 def test_with_amx_a_minute_gave_what_the_readme_says(readme, root):
-    kept = [json.loads(line) for line in (root / "results" / "speed" / "clock.jsonl").read_text().splitlines()]
-    kept = [run for run in kept if run["machine"].endswith("AMX, torch 2.14.1+cu130") and run["seconds"] == 60]
-    sentence = readme[readme.index("With AMX, on two cores of another") :].split("\n\n")[0]
-    for idea in ("L", "FastDCGAN"):
-        runs = [run for run in kept if run["idea"] == idea]
-        assert len(runs) == 5
-        for name, digits in (("fid", 2), ("recall", 3)):
-            values = [run[name] for run in runs]
-            assert f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}" in sentence
-        asked = [100 * run["digit_accuracy"] for run in runs]
-        assert f"{statistics.mean(asked):.1f} %" in sentence
-    assert f"at the least {min(asked):.1f} %" in sentence
+    """Distance at most 0.6 of L's, 0.07 more recall, 99 % read as asked, no collapse over ten seeds; and how much."""
+    runs = [run for run in kept_trials(root, "clock.jsonl", amx=True) if run["seconds"] == 60]
+    mine, plain = ([run for run in runs if run["idea"] == idea] for idea in ("FastDCGAN", "L"))
+    assert (len(mine), len(plain)) == (10, 5)
+    mean = lambda runs, name: statistics.mean(run[name] for run in runs)  # noqa: E731
+    share, gain = mean(mine, "fid") / mean(plain, "fid"), mean(mine, "recall") - mean(plain, "recall")
+    assert share < 0.6
+    assert gain > 0.07
+    assert f"{share:.2f} of `L`'s distance and {gain:.3f} more recall" in readme
+    worst, fewest = max(run["fid"] for run in mine), 100 * min(run["digit_accuracy"] for run in mine)
+    assert fewest > 99
+    assert f"the worst of its ten seeds has distance {worst:.2f}, another {fewest:.1f} % read as asked" in readme
 
 
 @pytest.mark.parametrize("device", ["cpu", "avx2", "amx", "gpu"])

@@ -9,7 +9,8 @@ measured once, both in turns, and kept; an idea is then given the images that it
 not depend on what else the machine does, and a seed gives the same trial again. Every trial is a line in
 results/speed/trials.jsonl: idea, seed, images seen, scores of 10,000 samples by the judge. L and U are the two rough
 recipes that FastDCGAN has to beat; their networks are written out here, so that they stay what they were when
-FastDCGAN changes. B, F and N are stations on the way to FastDCGAN, which is *N, rates 3e-3, match 0.15*; everything
+FastDCGAN changes. B, F and N are stations on the way to *match 0.15*, which was FastDCGAN until the weight of matching
+fell with the rates: *N, rates 3e-3, match 0.15* by another name, and what the nominal trials end with; everything
 else is one of them with what the idea's name says.
 """
 
@@ -387,7 +388,8 @@ def on_n(why: str, timed_as: str = "F", **changes: Any) -> Idea:
     return ON_N.but(why, timed_as=timed_as, **changes)
 
 
-SLOWER = {"lr_G": 2e-3, "lr_D": 2e-3, "matching_weight": 0.5}  # what FastDCGAN was
+STEADY = {"matching_fades": False, "matching_weight": 0.15}  # what FastDCGAN was, and before that:
+SLOWER = {"lr_G": 2e-3, "lr_D": 2e-3, "matching_fades": False, "matching_weight": 0.5}
 FASTER = {"lr_G": 3e-3, "lr_D": 3e-3}
 UB = U.but("B's batch and G", batch_size=64, narrow=32, verdict="not tried")
 UB_PENALISED = {"init": "he", "batch_norm_D": False, "r1": 0.2, "lr_G": 2e-3, "lr_D": 2e-3}
@@ -538,7 +540,7 @@ IDEAS: dict[str, Idea] = {
     "N, match fades": on_n("it falls as the rates do", match_fades=True, verdict="open: some recall"),
     "N, z of 128, match 0.1": on_n("with more directions", nz=128, match=0.1, verdict="dropped: fewer read as asked"),
     "N, rates 3e-3, match 0.15": on_n(
-        "faster, and a third of it", match=0.15, **FASTER, verdict="kept: FastDCGAN; recall and distance"
+        "faster, and a third of it", match=0.15, **FASTER, verdict="kept: match 0.15; recall and distance"
     ),
     "N, rates 3e-3, match 0.1": on_n(
         "faster, and a fifth of it", match=0.1, **FASTER, verdict="dropped: fewer than 99 % read as asked"
@@ -639,6 +641,15 @@ IDEAS: dict[str, Idea] = {
         own=True,
         base="U",
         timed_as="FastDCGAN, label-free",
+    ),
+    "match 0.15": Idea(
+        "the module's before its weight of matching fell", config=STEADY, own=True, timed_as="FastDCGAN"
+    ),
+    "match 0.05": Idea("a third of that", config=STEADY | {"matching_weight": 0.05}, own=True, base="match 0.15"),
+    "match 0.15 fades": Idea("it falls as the rates do", config={"matching_weight": 0.15}, own=True, base="match 0.15"),
+    "match 0.5 fades": Idea("from the usual weight", config={"matching_weight": 0.5}, own=True, base="match 0.15"),
+    "z of 128, match 0.15 fades": Idea(
+        "with more directions", config={"matching_weight": 0.15, "nz": 128}, own=True, base="match 0.15"
     ),
     "FastDCGAN": Idea("the module's, as it is", own=True),
     "FastDCGAN, label-free": Idea("the module's, as it is", config={"conditional": False}, own=True, base="U"),

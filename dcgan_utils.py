@@ -7,7 +7,7 @@
     gan.generate_images()                     # a figure, also saved under outputs/
     gan.save("outputs/my_gan")                # safetensors + JSON; FastDCGAN.load("outputs/my_gan") goes on
 
-Measured: after its six epochs `FastDCGAN` has a Fréchet distance of 0.21, real digits 0.09, and 99.7 % of its samples
+Measured: after its six epochs `FastDCGAN` has a Fréchet distance of 0.21, real digits 0.09, and 99.6 % of its samples
 are read as the digit asked for (`python tools/full_run.py --recipe fast --name fast --slice 60`, results/fast).
 
 `DCGAN` is the 64×64 PyTorch recipe, `StableDCGAN` the 28×28 TensorFlow one rebuilt in PyTorch, `FastDCGAN` ours.
@@ -1960,7 +1960,7 @@ class Trainer:
         return self.config.noise_D * max(0.0, fade)
 
     def _follow_schedule(self) -> None:
-        """Set learning rates, and the size of networks that grow, for the share of the run that is done.
+        """Set learning rates, `rate_left` and the size of networks that grow, for the share of the run that is done.
 
         Of the run as long as it is known to be: when it is made longer, rates rise again.
         """
@@ -2262,7 +2262,8 @@ class IterationGraphs:
 
     A graph repeats its kernels with the numbers that Python gave them, so every `gan.constants()` has one of its own,
     recorded when they come for the fourth time: by then cuDNN has chosen its kernels, and Adam has its memory. What
-    changes meanwhile lies in tensors (batch, learning rates, share of the average) or in CUDA's random state.
+    changes meanwhile lies in tensors (batch, learning rates and their share, share of the average) or in CUDA's random
+    state.
     """
 
     def __init__(self, gan: Trainer) -> None:

@@ -175,6 +175,26 @@ def test_the_weight_of_wrong_labels_fades_as_the_learning_rates_do(digits, monke
     assert costs[True, "linear_tail"] == pytest.approx([first * share for share in falls], rel=1e-5)
 
 
+def test_what_is_left_of_the_rates_follows_the_clock_and_stays_one_tensor_on_a_gpu(digits, monkeypatch):
+    """A CUDA graph reads the tensor that it was recorded with; here a tensor stands for it."""
+    gan = make(du.FastDCGAN, matching_weight=0.3)
+    gan.train(1, data=digits, callbacks=[], max_seconds=1e9)
+    gan._max_seconds, gan.rate_left = 60.0, torch.tensor(1.0)
+    place, answers = gan.rate_left, torch.eye(16, 11)
+    for elapsed, left in ((29.0, 1.0), (45.0, 0.5), (60.0, 0.0), (0.0, 1.0)):
+        gan._elapsed = elapsed
+        gan.epoch, gan.position = 0, gan.config.batch_size
+        gan._follow_schedule()
+        assert gan.rate_left is place
+        assert place.item() == pytest.approx(left)
+        torch.manual_seed(0)
+        _, cost = du.ask(gan, lambda *_: answers, torch.zeros(16), torch.zeros(16, dtype=torch.long), real=True)
+        torch.manual_seed(0)
+        wrong = torch.randint(1, 10, (16,))
+        by_hand = torch.nn.functional.softplus(answers[range(16), 1 + wrong] - answers[:, 1]).mean()
+        assert cost.item() == pytest.approx(0.3 * left * by_hand.item(), abs=1e-7)
+
+
 def test_the_wrong_label_is_each_of_the_others_as_often():
     """Heads that favour one class by much: it costs that much when it is drawn, else nothing."""
     gan = make(du.FastDCGAN, matching_weight=0.5)

@@ -223,6 +223,7 @@ class TrialGAN(du.FastDCGAN):
         over = self.tail_done()
         factor = (1 + math.cos(math.pi * over)) / 2 if self.knobs.tail == "cosine" else 1 - over
         factor = max(0.0, factor) * min(1.0, (self.step + 1) / max(1, self.knobs.warm_up))
+        self.rate_left = du.live(factor, self.rate_left)
         for optimizer, lr in ((self.optimizer_D, self.config.lr_D), (self.optimizer_G, self.config.lr_G)):
             for group in optimizer.param_groups:
                 group["lr"] = du.live(lr * factor, group["lr"])
@@ -388,7 +389,10 @@ def on_n(why: str, timed_as: str = "F", **changes: Any) -> Idea:
     return ON_N.but(why, timed_as=timed_as, **changes)
 
 
-STEADY = {"matching_fades": False, "matching_weight": 0.15}  # what FastDCGAN was, and before that:
+STEADY = {"matching_fades": False, "matching_weight": 0.15}  # what FastDCGAN was before its last change
+FADES = STEADY | {"matching_fades": True}
+AFTER_STEADY = Idea("", config=STEADY, own=True, base="match 0.15", timed_as="FastDCGAN")
+# and what it was two changes ago
 SLOWER = {"lr_G": 2e-3, "lr_D": 2e-3, "matching_fades": False, "matching_weight": 0.5}
 FASTER = {"lr_G": 3e-3, "lr_D": 3e-3}
 UB = U.but("B's batch and G", batch_size=64, narrow=32, verdict="not tried")
@@ -645,12 +649,12 @@ IDEAS: dict[str, Idea] = {
     "match 0.15": Idea(
         "the module's before its weight of matching fell", config=STEADY, own=True, timed_as="FastDCGAN"
     ),
-    "match 0.05": Idea("a third of that", config=STEADY | {"matching_weight": 0.05}, own=True, base="match 0.15"),
-    "match 0.15 fades": Idea("it falls as the rates do", config={"matching_weight": 0.15}, own=True, base="match 0.15"),
-    "match 0.5 fades": Idea("from the usual weight", config={"matching_weight": 0.5}, own=True, base="match 0.15"),
-    "z of 128, match 0.15 fades": Idea(
-        "with more directions", config={"matching_weight": 0.15, "nz": 128}, own=True, base="match 0.15"
+    "match 0.05": AFTER_STEADY.but("a third of that", matching_weight=0.05, verdict="dropped: fewer read as asked"),
+    "match 0.15 fades": AFTER_STEADY.but(
+        "it falls as the rates do", **FADES, verdict="dropped: in half a minute fewer read as asked"
     ),
+    "match 0.5 fades": AFTER_STEADY.but("from the usual weight", **FADES | {"matching_weight": 0.5}, verdict="a tie"),
+    "z of 128, match 0.15 fades": AFTER_STEADY.but("with more directions", nz=128, **FADES, verdict="a tie"),
     "FastDCGAN": Idea("the module's, as it is", own=True),
     "FastDCGAN, label-free": Idea("the module's, as it is", config={"conditional": False}, own=True, base="U"),
 }
@@ -779,7 +783,7 @@ PREFACE = [
     "Made by `python tools/speed_trials.py --table` from trials.jsonl. A nominal second is what L needs for "
     f"{NOMINAL} images; a faster or slower idea gets more or fewer images, by its own speed measured in turns with L "
     "(rates.json), good to about ±5 %. Lines of trials.jsonl that name a `device` were trained on a GPU (33 of the "
-    "ideas *N, …*, and all at 360 but FastDCGAN): a trial counts images, so the device changes rounding and random "
+    "ideas *N, …*, and all at 360 but match 0.15): a trial counts images, so the device changes rounding and random "
     "numbers only. The other ideas *N, …* saw as many images as N, whatever their speed. Lines at 68, "
     "118, 135 and 405 nominal seconds ran as 60, 120 and 360 by a speed that was timed too high; they stand at what "
     "they really were. Mean ± standard deviation over n seeds of 10,000 samples read by the judge; *× base's* "

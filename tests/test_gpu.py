@@ -149,6 +149,24 @@ def test_a_gpu_replays_what_it_would_have_done(kind, precision, data):
     assert torch.nn.functional.cosine_similarity(*moved, dim=0) > 0.8
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_weight_that_falls_does_so_in_replays_too(device, data):
+    """With networks that stay as they are, D's gradient is as long as its heaviest part: that of wrong labels."""
+    fields = {"lr_G": 0.0, "lr_D": 0.0, "gradient_penalty": 0.0, "batch_norm_D": True, "matching_weight": 100.0}
+    fields |= {"batch_size": 8, "num_epochs": 1, "log_every": 1, "precision": "fp32"}
+    lengths = []
+    for replay in (True, False):
+        gan = make(du.FastDCGAN, device=device, cuda_graphs=replay, **fields)
+        place = gan.rate_left
+        gan.train(data=data, callbacks=[])
+        assert isinstance(place, torch.Tensor) == (device == "cuda")
+        assert device == "cpu" or gan.rate_left is place
+        assert float(gan.rate_left) == pytest.approx(2 / 16)
+        lengths.append(gan.history.batches["grad_D"])
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)
+    assert max(lengths[0][-2:]) < 0.4 * min(lengths[0][:8])  # a quarter and an eighth of the weight
+
+
 @needs_gpu
 @pytest.mark.parametrize("replay", [True, False])
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.recipe)

@@ -94,16 +94,7 @@ JUDGE_SHA256 = "c7b03e6dfb141b8d4444e1185fc49df1a21239f7fdb3ca090d2a9d0c9782bdcc
 JUDGE_FEATURES = 64
 MIN_SAMPLES = 100  # more than the judge has features, so that a covariance can be told
 METRICS = ("loss_D", "loss_G", "D_x", "D_G_z", "D_acc", "D_std", "grad_D", "grad_G", "leak", "gap")  # of every batch
-EPOCH_READINGS = (
-    "swing",
-    "move_D",
-    "move_G",
-    "move_BN_D",
-    "move_BN_G",
-    "diversity",
-    "spacing",
-    "slope",
-)  # what every epoch adds
+EPOCH_READINGS = ("swing", "move_D", "move_G", "move_BN_D", "move_BN_G", "diversity", "spacing", "slope")  # every epoch
 PREVIEW = 32  # images on each side of the real-vs-fake grid
 DIVERSITY_SAMPLES = 256  # fixed-noise samples behind the diversity reading; the grids show the first of them
 
@@ -222,15 +213,8 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "loss": ("bce", "least_squares", "hinge", "wasserstein", "relativistic"),
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "tracker": ("", "wandb", "tensorboard"),
-    "conditional": (True, False),
     "conditioning": ("projection", "matching", "concatenation", "auxiliary"),
-    "matching_fades": (True, False),
-    "start_at_background": (True, False),
-    "compile": (True, False),
-    "cuda_graphs": (True, False),
-    "detach": (True, False),
-    "batch_norm_G": (True, False),
-    "batch_norm_D": (True, False),
+    **{field.name: (True, False) for field in dataclasses.fields(Config) if field.type == "bool"},
 }
 MACHINE = ("device", "precision", "compile", "cuda_graphs", "out_dir")  # what `load` may change
 _INTEGERS = [f.name for f in dataclasses.fields(Config) if f.type == "int"]
@@ -1733,7 +1717,15 @@ class Trainer:
             raise ValueError(
                 f"{', '.join(changed) or 'ema'} is built in; make a new {type(self).__name__} to change it"
             )
-        self.config = self.history.config = config
+        before, self.config = self.config, config
+        try:
+            self._check_config()
+            if self.images is not None and config.batch_size * config.d_steps > before.batch_size * before.d_steps:
+                self._check_number(len(self.images))
+        except ValueError:
+            self.config = before
+            raise
+        self.history.config = config
         self.loss = self.losses(config)
         for optimizer in (self.optimizer_D, self.optimizer_G):
             for group in optimizer.param_groups:
@@ -1751,15 +1743,17 @@ class Trainer:
         epochs: int | None = None,
         batch_size: int | None = None,
         *,
-        data: str | Path | Tensor | tuple[Tensor, Tensor] = "mnist",
+        data: str | Path | Tensor | tuple[Tensor, Tensor] | None = None,
         max_seconds: float | None = None,
         callbacks: Sequence[Callback] | None = None,
     ) -> History:
         """Train on, from where the last call or checkpoint ended, and return the history.
 
         epochs: how many further ones (None: what config.num_epochs leaves). data: a source of `load_images`, uint8
-        images (N, H, W), or (images, labels). max_seconds: stop after the batch that reaches it. callbacks: None for
-        the recipe's own; [] for silence. Ctrl-C stops after the batch: all is kept, and the next call goes on there.
+        images (N, H, W), or (images, labels); None: what it was trained on before, at first "mnist". max_seconds: stop
+        after the batch that reaches it; a schedule falls to its end within the limit, and begins again in the next
+        call. callbacks: None for the recipe's own; [] for silence. Ctrl-C stops after the batch: all is kept, and the
+        next call goes on there. Several processes stop together, at every `log_every` batches.
         Raises ValueError for data that do not fit, DivergenceError when a loss is no longer a number.
         """
         if max_seconds is not None and not max_seconds > 0:
@@ -2087,9 +2081,14 @@ class Trainer:
             getattr(callback, event, lambda gan: None)(self)
 
     # ------------------------------------------------------------------------------------------------ data and chance
-    def _set_data(self, data: str | Path | Tensor | tuple[Tensor, Tensor]) -> None:
+    def _set_data(self, data: str | Path | Tensor | tuple[Tensor, Tensor] | None) -> None:
         """Put the data on the device, resized; a second call with the same source does nothing."""
-        if self._source is None or not (data is self._source or (isinstance(data, str) and data == self._source)):
+        if data is None:
+            data = self._source if self._source is not None else self.trained_on or "mnist"
+            if self.step and data is not self._source and not self.trained_on:
+                warnings.warn("the checkpoint does not name its data: training goes on with mnist", stacklevel=3)
+        named, other = isinstance(data, (str, Path)), False
+        if not (data is self._source or (named and isinstance(self._source, (str, Path)) and data == self._source)):
             if isinstance(data, (str, Path)):
                 images, labels = load_images(data)
             elif hasattr(data, "ndim"):
@@ -2106,14 +2105,16 @@ class Trainer:
                 )
             self._check_labels(labels)
             self._check_number(len(images))
+            before, name = self.images, str(data) if named else None
             self.images = resize_images(images, self.config.image_size).to(self.device)
             self.labels = labels.to(self.device, torch.long)
-            self._source = data
-            self.trained_on = str(data) if isinstance(data, (str, Path)) else None
+            other = before is not None and not torch.equal(before, self.images)
+            other = other or (before is None and None not in (name, self.trained_on) and name != self.trained_on)
+            self._source, self.trained_on = data, name
         self._check_number(len(self.images))
-        if self.position and len(self.images) != self._length:  # other data: the epoch under way cannot be finished
+        if self.position and (other or len(self.images) != self._length):  # the epoch under way cannot be finished
             self._drop_unfinished_line()
-            self.position, self._sums = 0, dict.fromkeys(self._sums, 0.0)
+            self.position, self._sums, self._rows = 0, dict.fromkeys(self._sums, 0.0), []
         self._length = len(self.images)
 
     def _check_number(self, n: int) -> None:
@@ -2843,15 +2844,8 @@ def _check_sum_rule(now: dict[str, float], config: Config) -> Finding:
     value = now["D_x"] + now["D_G_z"]
     status = grade(abs(value - target), (0, 0.1), (0, 9))
     meaning = "D is in step with its labels" if status == "green" else "D's bias is not stationary: it lags behind G"
-    return _line(
-        "D(x) + D(G(z)) (theory)",
-        value,
-        status,
-        f"a + b = {target:g} ± 0.1",
-        meaning,
-        _strengthen_D(config),
-        quiet=False,
-    )
+    band, changes = f"a + b = {target:g} ± 0.1", _strengthen_D(config)
+    return _line("D(x) + D(G(z)) (theory)", value, status, band, meaning, changes, quiet=False)
 
 
 def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
@@ -2860,15 +2854,8 @@ def _check_equilibrium(now: dict[str, float], config: Config) -> Finding:
     status = "green" if now["loss_D"] <= edge else "yellow"
     meaning = f"{floor:.2f}: D separates perfectly; {balance:.2f}: equilibrium, both of D's answers {m:g}, "
     meaning += f"G loss {generator_loss_at_equilibrium(config):.2f}"
-    return _line(
-        "D loss (theory)",
-        now["loss_D"],
-        status,
-        f"{floor:.2f} – {edge:.2f}",
-        meaning,
-        _strengthen_D(config),
-        quiet=False,
-    )
+    band, changes = f"{floor:.2f} – {edge:.2f}", _strengthen_D(config)
+    return _line("D loss (theory)", now["loss_D"], status, band, meaning, changes, quiet=False)
 
 
 def _check_critic(now: dict[str, float], config: Config) -> Finding:
@@ -3257,7 +3244,7 @@ def inception_distance(samples: Tensor, real: Tensor) -> float | None:
         print(f"no Inception FID: {reason} (pip install torch-fidelity, and internet for its weights)")
         return None
     for images, is_real in ((to_greys(samples), False), (resize_images(real, samples.shape[2]), True)):
-        for part in images.split(100):
+        for part in images.cpu().split(100):
             metric.update(part[:, None].expand(-1, 3, -1, -1), real=is_real)
     return metric.compute().item()
 
@@ -3352,7 +3339,8 @@ COLOURS = {"D": "#0072B2", "G": "#D55E00", "theory": "#555555", "third": "#009E7
 
 def plot_images(images: Tensor, title: str = "", columns: int = 8, ax: plt.Axes | None = None) -> Figure:
     """Draw images (n, 1, H, W) in [-1, 1] as one grid and return the figure."""
-    fig, ax = _axes(ax, (columns * 0.62, 0.62 * math.ceil(len(images) / columns) + 0.35))
+    figsize = (columns * 0.62, 0.62 * math.ceil(len(images) / columns) + 0.35)
+    fig, ax = _subplots(1, 1, figsize) if ax is None else (ax.figure, ax)
     images = images if images.shape[1] in (1, 3) else images.mean(dim=1, keepdim=True)  # others are no colours
     grid = make_grid(images, nrow=columns, padding=2, normalize=True, value_range=(-1, 1), pad_value=0.35)
     ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -3455,13 +3443,6 @@ def _as_picture(frame: Figure | str | Path) -> Image.Image:
     canvas = FigureCanvasAgg(frame)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-
-
-def _axes(ax: plt.Axes | None, figsize: tuple[float, float]) -> tuple[Figure, plt.Axes]:
-    if ax is not None:
-        return ax.figure, ax
-    fig, axes = _subplots(1, 1, figsize=figsize)
-    return fig, axes
 
 
 def _subplots(rows: int, columns: int, figsize: tuple[float, float]) -> tuple[Figure, Any]:
@@ -4155,13 +4136,16 @@ def explore(draw: Callable[..., Figure], **ranges: Any) -> Any:
 def principal_directions(gan: Trainer, k: int = 4) -> Tensor:
     """Return the k unit directions of z (k, nz) that change G's first layer most, the strongest first.
 
-    The leading right singular vectors of its weights: SeFa (Shen & Zhou 2021), which needs no samples.
+    The leading right singular vectors of its weights: SeFa (Shen & Zhou 2021), which needs no samples. Raises
+    ValueError for a G that does not begin with a dense layer or a transposed convolution.
     """
     generator = gan.average if gan.average is not None else gan.generator
-    first = next(m for m in generator.modules() if isinstance(m, (nn.Linear, nn.ConvTranspose2d)))
+    first = next((m for m in generator.modules() if isinstance(m, (nn.Linear, nn.ConvTranspose2d))), None)
+    if first is None:
+        raise ValueError(f"{type(gan).__name__}'s generator has no first layer whose directions are known")
     weight = first.weight.detach().float().cpu()
-    weight = weight.flatten(1).T if isinstance(first, nn.ConvTranspose2d) else weight[:, : gan.config.nz]
-    return torch.linalg.svd(weight, full_matrices=False).Vh[:k]
+    weight = weight.flatten(1).T if isinstance(first, nn.ConvTranspose2d) else weight
+    return torch.linalg.svd(weight[:, : gan.config.nz], full_matrices=False).Vh[:k]
 
 
 # === Saving: safetensors for tensors, JSON for the rest; loading never runs code from a file ==========================
@@ -4186,12 +4170,12 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
             new.mkdir()
             save_file(tensors, new / "weights.safetensors")
             (new / "state.json").write_text(json.dumps(record))
-            if path.exists():
-                path.rename(old)
             try:
+                if path.exists():
+                    path.rename(old)
                 new.rename(path)
-            except BaseException:  # a second Ctrl-C too: the older one goes back first
-                if old.exists():
+            except BaseException:  # Ctrl-C too: the older one goes back first
+                if old.exists() and not path.exists():
                     old.rename(path)
                 raise
     except (OSError, safetensors.SafetensorError) as error:
@@ -4204,8 +4188,14 @@ def save_checkpoint(gan: Trainer, path: str | Path) -> Path:
 
 def check_replaceable(path: Path) -> None:
     """Raise CheckpointError where a checkpoint's place is taken by other things, which saving would replace."""
-    if path.is_file() or (path.is_dir() and {p.name for p in path.iterdir()} - {"state.json", "weights.safetensors"}):
+    if path.is_file() or (path.is_dir() and not _holds_only_a_checkpoint(path)):
         raise CheckpointError(f"{path} holds other things, which saving would replace; choose a folder of its own")
+
+
+def _holds_only_a_checkpoint(folder: Path) -> bool:
+    """Return whether nothing else is in a folder but what file managers leave there."""
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return names <= {"state.json", "weights.safetensors", "Thumbs.db", "desktop.ini"}
 
 
 def _checkpoint_of(gan: Trainer) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -4333,9 +4323,13 @@ class SaveCheckpoints(Callback):
     def on_epoch_end(self, gan: Trainer) -> None:
         """Save; a failure is a warning, since the older checkpoint is whole and training can go on."""
         with or_warn(f"the checkpoint of epoch {gan.epoch}"):
-            save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
+            try:
+                save_checkpoint(gan, self.folder / f"epoch-{math.ceil(gan.history['epoch'][-1]):04d}")
+            except CheckpointError as error:  # somebody put other things there meanwhile
+                raise OSError(error) from error
         numbered = re.compile(r"epoch-\d+")  # what else lies there is not ours to remove
         mine = [path for path in _by_age(self.folder) if path != self.folder and numbered.fullmatch(path.name)]
+        mine = [path for path in mine if _holds_only_a_checkpoint(path)]
         for old in mine[:-2]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -4405,13 +4399,14 @@ class GAN(Trainer):
         That is confidence and class_gap, with distances also fid, precision, recall and near_copies.
 
         class_gap: the share of samples that would have to be of another class for the classes to be as frequent as
-        among real images (total variation distance; 0.9 where all show one digit).
+        among real images (total variation distance; 0.9 where all show one digit). A conditional recipe is asked for
+        all its classes alike often; those of them that the data hold count, alike.
         """
         fake = read_digits(self.fixed_samples(n))
         if self._shares is None or self._shares[0] is not self._source:  # the real digits' shares, read once
-            self._shares = (self._source, read_digits(self.real_samples(1000)).shares)
+            self._shares = (self._source, self._expected_shares())
         view = {"confidence": fake.probabilities.max(dim=1).values.mean().item()}
-        view["class_gap"] = (fake.shares - self._shares[1]).abs().sum().item() / 2
+        view["class_gap"] = (self._learnable(fake).shares - self._shares[1]).abs().sum().item() / 2
         if distances:
             real = self.reference().test.features
             view["fid"] = frechet_distance(fake.features, real)
@@ -4419,6 +4414,23 @@ class GAN(Trainer):
             view |= {name: manifold[name] for name in ("precision", "recall")}
             view["near_copies"] = self.reference().near_copies(fake.features)
         return view
+
+    def _expected_shares(self) -> Tensor:
+        """Return how often samples should be read as each digit: as real ones are, of a conditional recipe by class."""
+        if not self.config.conditional:
+            return read_digits(self.real_samples(1000)).shares
+        present = self.labels.unique()
+        picked = [(self.labels == label).nonzero()[: max(1, 1000 // len(present)), 0] for label in present]
+        read = [read_digits(normalise(self.images[which]).cpu()).shares for which in picked]
+        return torch.stack(read).mean(dim=0)
+
+    def _learnable(self, fake: Reading) -> Reading:
+        """Return what was read of those samples whose class the data hold; no G can have learnt another."""
+        if not self.config.conditional:
+            return fake
+        asked = self._digits(len(fake.features), None)
+        held = torch.isin(asked, self.labels.unique()).cpu()
+        return Reading(fake.features[held], fake.probabilities[held])
 
     def generate_images(self, epoch: int | str | None = None, n: int = 36) -> Figure:
         """Return a figure of n fixed-noise samples, also saved under out_dir as epoch_NNN.png or images_NAME.png."""
@@ -4685,7 +4697,7 @@ def _train_command(options: argparse.Namespace) -> int:
         f"{type(gan).__name__}: {gan.config.num_epochs} epochs on {gan.device}, {gan.precision}, seed {gan.config.seed}"
     )
     callbacks = [*gan.default_callbacks(), SaveCheckpoints(options.out)]  # it saves what the judge has read
-    gan.train(data=options.data or gan.trained_on or "mnist", max_seconds=options.max_seconds, callbacks=callbacks)
+    gan.train(data=options.data, max_seconds=options.max_seconds, callbacks=callbacks)
     if gan.history["epoch"] and gan.rank == 0:
         gan.generate_images("FINAL")
         print(f"checkpoint: {gan.last_checkpoint}   pictures: {gan.folder}")

@@ -778,7 +778,7 @@ def test_judge_samples_without_distances_reads_classes_only(few):
 
 
 def test_the_class_gap_is_the_share_that_would_have_to_change_class(few, mnist_test, monkeypatch):
-    gan = make()
+    gan = make(conditional=False)
     gan.train(1, data=few, callbacks=[])
     sevens = du.normalise(mnist_test[0][mnist_test[1] == 7])
     monkeypatch.setattr(gan, "fixed_samples", lambda n=32: sevens[:n])
@@ -786,6 +786,26 @@ def test_the_class_gap_is_the_share_that_would_have_to_change_class(few, mnist_t
     assert gan.judge_samples(100, distances=False)["class_gap"] == pytest.approx(1 - sevens_among_real, abs=0.02)
     monkeypatch.setattr(gan, "fixed_samples", lambda n=32: du.normalise(few[0][:n]))
     assert gan.judge_samples(300, distances=False)["class_gap"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("held", ["balanced", "mostly ones", "0 to 3"])
+def test_a_perfect_conditional_g_has_no_class_gap_whatever_the_data_hold(held, few, mnist_test, monkeypatch):
+    """Where classes are rare or missing, too: it is asked for all alike, and has learnt those that it saw."""
+    images, labels = mnist_test
+    ranks = torch.stack([(labels[: k + 1] == label).sum() - 1 for k, label in enumerate(labels[:3000])])
+    most = {"balanced": torch.full((10,), 40), "mostly ones": torch.tensor([5, 250] + [5] * 8)}.get(
+        held, torch.tensor([60] * 4 + [0] * 6)
+    )
+    kept = (ranks < most[labels[:3000]]).nonzero()[:, 0]
+    gan = make(du.FastDCGAN)
+    gan._set_data((images[kept], labels[kept]))
+    by_digit = [du.normalise(images[labels == digit][-50:]) for digit in range(10)]
+    perfect = torch.stack([by_digit[k % 10 if (labels[kept] == k % 10).any() else 0][k // 10] for k in range(300)])
+    monkeypatch.setattr(gan, "fixed_samples", lambda n: perfect[:n])
+    assert gan.judge_samples(300, distances=False)["class_gap"] < 0.03
+    perfect = by_digit[1][torch.arange(300) % 50]  # collapse
+    share = 1 - 1 / len(labels[kept].unique())
+    assert gan.judge_samples(300, distances=False)["class_gap"] == pytest.approx(share, abs=0.03)
 
 
 def test_an_epoch_cut_short_is_judged_and_replaced(few):

@@ -387,6 +387,12 @@ def test_no_line_is_offered_for_a_gan_that_was_trained_before(mnist_small):
 
 
 # ---------------------------------------------------------------------------------------------------- explorers
+def test_principal_directions_are_of_z_alone_and_of_a_g_that_begins_with_z():
+    assert du.principal_directions(make(du.ConditionalDCGAN), 3).shape == (3, 8)
+    with pytest.raises(ValueError, match="no first layer"):
+        du.principal_directions(make(du.ProgressiveGAN))
+
+
 @pytest.mark.parametrize("kind", [du.DCGAN, du.StableDCGAN, du.FastDCGAN])
 def test_principal_directions_move_the_first_layer_most(kind):
     gan = make(kind)

@@ -338,3 +338,45 @@ def test_a_checkpoint_that_lacks_something_is_refused_before_it_trains(damage, d
     damage(gan.save(tmp_path / "ck"))
     with pytest.raises(du.CheckpointError):
         du.GAN.load(tmp_path / "ck")
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_an_interrupt_between_the_renames_leaves_a_whole_checkpoint(digits, tmp_path, monkeypatch, after):
+    """After the old one moved away it comes back; after the new one is in place it stays."""
+    gan, path, calls = make(), tmp_path / "kept", []
+    gan.train(1, data=digits, callbacks=[])
+    gan.save(path)
+    before = (path / "state.json").read_text()
+    rename = Path.rename
+
+    def interrupted(self, target):
+        rename(self, target)
+        calls.append(target)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gan.save(path)
+    monkeypatch.undo()
+    assert (path / "state.json").read_text() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+    du.FastDCGAN.load(path)
+
+
+def test_what_others_put_beside_a_checkpoint_costs_neither_training_nor_their_files(digits, tmp_path):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    (tmp_path / "epoch-0001" / ".DS_Store").write_text("left by a file manager")
+    (tmp_path / "epoch-0002").mkdir()
+    (tmp_path / "epoch-0002" / "notes.txt").write_text("mine")
+    with pytest.warns(UserWarning, match="epoch 2 was not saved"):
+        gan.train(1, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    gan.save(tmp_path / "epoch-0003")
+    (tmp_path / "epoch-0003" / "notes.txt").write_text("mine, too")
+    with pytest.warns(UserWarning, match="epoch 3 was not saved"):
+        gan.train(3, data=digits, callbacks=[du.SaveCheckpoints(tmp_path)])
+    assert (tmp_path / "epoch-0002" / "notes.txt").exists()
+    assert (tmp_path / "epoch-0003" / "notes.txt").exists()
+    assert {path.name for path in tmp_path.iterdir()} >= {"epoch-0004", "epoch-0005"}
+    assert not (tmp_path / "epoch-0001").exists()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import statistics
 from itertools import pairwise
 
 import pytest
@@ -717,3 +718,69 @@ def test_readings_of_ones_own_become_plain_numbers(digits):
 def test_recipes_without_classes_do_not_pretend(kind):
     with pytest.raises(ValueError, match=f"{kind.__name__} has no classes"):
         make(kind, conditional=True)
+
+
+# --------------------------------------------------------------------------------------------- data of a later call
+def test_a_later_call_goes_on_with_the_same_data(digits, monkeypatch):
+    """Also mid-epoch, with arrays, and after equal ones; "mnist" is what the first call takes."""
+    loaded = []
+    monkeypatch.setattr(du, "load_images", lambda source, split="train": loaded.append(source) or digits)
+    gan = make()
+    gan.train(1, callbacks=[])
+    assert (loaded, gan.trained_on) == (["mnist"], "mnist")
+    for data in (digits, digits[0], (digits[0].numpy(), digits[1].numpy())):
+        gan = make(conditional=False)
+        gan.train(1, data=data, callbacks=[du.StopAt(2)])
+        source, images = gan._source, gan.images
+        gan.train(1, callbacks=[])
+        assert gan._source is source
+        assert gan.images is images
+        assert gan.history["epoch"] == [1]
+        gan.train(1, data="mnist", callbacks=[])  # not compared with an array
+        assert gan.trained_on == "mnist"
+    assert loaded == ["mnist"] * 4
+
+
+def test_an_epoch_is_not_finished_on_other_images(digits):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[du.StopAt(2)])
+    gan.train(1, data=(digits[0].clone(), digits[1]), callbacks=[du.StopAt(3)])  # the same ones
+    assert gan.history["epoch"] == [0.5]
+    gan._rows = [torch.zeros(len(du.METRICS))]  # as an exception in a callback leaves them
+    gan.train(1, data=(255 - digits[0], digits[1]), callbacks=[])
+    assert (gan.epoch, gan.step, gan.history["epoch"]) == (1, 9, [1])
+    assert gan._sums["count"] == 0
+    assert gan.history["loss_D"][0] == pytest.approx(statistics.mean(gan.history.batches["loss_D"][-1:]), rel=0.5)
+
+
+def test_a_checkpoint_goes_on_with_the_data_that_it_names(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(du, "load_images", lambda source, split="train": digits)
+    gan = make()
+    gan.train(1, data="kmnist", callbacks=[du.StopAt(3)])
+    again = du.FastDCGAN.load(gan.save(tmp_path / "named"))
+    again.train(1, callbacks=[])
+    assert (again.trained_on, again.step, again.history["epoch"]) == ("kmnist", 6, [1])
+    other = du.FastDCGAN.load(tmp_path / "named")
+    other.train(1, data="fashion-mnist", callbacks=[])  # as many images, but others: the epoch begins anew
+    assert (other.trained_on, other.step) == ("fashion-mnist", 9)
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    nameless = du.FastDCGAN.load(gan.save(tmp_path / "nameless"))
+    with pytest.warns(UserWarning, match="does not name its data"):
+        nameless.train(1, callbacks=[])
+
+
+def test_reconfigure_refuses_batches_that_the_data_cannot_fill(digits):
+    gan = make()
+    gan.train(1, data=digits, callbacks=[])
+    before = gan.config
+    for fields in ({"batch_size": 128}, {"d_steps": 7}):
+        with pytest.raises(ValueError, match="one iteration needs"):
+            gan.reconfigure(**fields)
+        assert gan.config is gan.history.config is before
+    gan.world = 2
+    with pytest.raises(ValueError, match="multiple of the 2 processes"):
+        gan.reconfigure(batch_size=17)
+    assert gan.config is before
+    gan.reconfigure(batch_size=32)
+    assert gan.config.batch_size == gan.history.config.batch_size == 32

@@ -2089,22 +2089,7 @@ class Trainer:
                 warnings.warn("the checkpoint does not name its data: training goes on with mnist", stacklevel=3)
         named, other = isinstance(data, (str, Path)), False
         if not (data is self._source or (named and isinstance(self._source, (str, Path)) and data == self._source)):
-            if isinstance(data, (str, Path)):
-                images, labels = load_images(data)
-            elif hasattr(data, "ndim"):
-                images, labels = torch.as_tensor(data), torch.full((len(data),), -1)
-            elif isinstance(data, (tuple, list)) and len(data) == 2:
-                images, labels = map(torch.as_tensor, data)
-            else:
-                raise ValueError(f"data is a {type(data).__name__}; needed: a source, images, or (images, labels)")
-            _check_pair(images, labels, "data")
-            if (channels := images.shape[1] if images.ndim == 4 else 1) != self.config.channels:
-                raise ValueError(
-                    f"the images have {channels} channels (they come first: N, C, H, W), "
-                    f"Config.channels is {self.config.channels}"
-                )
-            self._check_labels(labels)
-            self._check_number(len(images))
+            images, labels = self._read_data(data)
             before, name = self.images, str(data) if named else None
             self.images = resize_images(images, self.config.image_size).to(self.device)
             self.labels = labels.to(self.device, torch.long)
@@ -2116,6 +2101,26 @@ class Trainer:
             self._drop_unfinished_line()
             self.position, self._sums, self._rows = 0, dict.fromkeys(self._sums, 0.0), []
         self._length = len(self.images)
+
+    def _read_data(self, data: str | Path | Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the images and labels of what `train` takes as data; raises ValueError where they do not fit."""
+        if isinstance(data, (str, Path)):
+            images, labels = load_images(data)
+        elif hasattr(data, "ndim"):
+            images, labels = torch.as_tensor(data), torch.full((len(data),), -1)
+        elif isinstance(data, (tuple, list)) and len(data) == 2:
+            images, labels = map(torch.as_tensor, data)
+        else:
+            raise ValueError(f"data is a {type(data).__name__}; needed: a source, images, or (images, labels)")
+        _check_pair(images, labels, "data")
+        if (channels := images.shape[1] if images.ndim == 4 else 1) != self.config.channels:
+            raise ValueError(
+                f"the images have {channels} channels (they come first: N, C, H, W), "
+                f"Config.channels is {self.config.channels}"
+            )
+        self._check_labels(labels)
+        self._check_number(len(images))
+        return images, labels
 
     def _check_number(self, n: int) -> None:
         """Raise ValueError unless n images are enough for an iteration."""
@@ -3142,23 +3147,13 @@ def score_reading(fake: Reading, real: Reading) -> dict[str, float]:
     }
 
 
-class _Features(nn.Module):
-    """Let torchmetrics take features (N, d) where it expects a network that makes them."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.num_features = width
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Return the features."""
-        return features
-
-
 def frechet_distance(fake: Tensor, real: Tensor) -> float:
     """Return the Fréchet distance between Gaussians fitted to features (n, d) and (m, d) (Heusel et al. 2017)."""
     from torchmetrics.image.fid import FrechetInceptionDistance  # takes a second to import
 
-    return _torchmetric(FrechetInceptionDistance(feature=_Features(fake.shape[1])), fake, real).item()
+    network = nn.Identity()  # torchmetrics expects one that makes features, and asks it how many
+    network.num_features = fake.shape[1]
+    return _torchmetric(FrechetInceptionDistance(feature=network), fake, real).item()
 
 
 def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
@@ -3171,7 +3166,7 @@ def kernel_distance(fake: Tensor, real: Tensor) -> tuple[float, float]:
     size = min(len(fake), len(real)) // 10
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # it draws its subsets by torch's own numbers
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features: they are few here
-        metric = KernelInceptionDistance(feature=_Features(fake.shape[1]), subsets=10, subset_size=size)
+        metric = KernelInceptionDistance(feature=nn.Identity(), subsets=10, subset_size=size)
         torch.default_generator.manual_seed(0)
         mean, std = _torchmetric(metric, fake, real)
     return mean.item(), std.item() / 3  # √(10 - 1): torchmetrics divides by 10 for its std

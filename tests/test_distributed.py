@@ -66,6 +66,7 @@ def test_two_processes_hold_the_same_weights_and_share_the_batch(root, folder, t
         record["z"] = torch.randn(3, generator=torch.Generator().set_state(gan._rng["cpu"])).tolist()
         path = {str(tmp_path)!r} + f"/rank{{dist.get_rank()}}.json"
         json.dump(record, open(path, "w"))
+        dist.barrier()  # else one leaves while the other still needs it
         dist.destroy_process_group()
         """)
     )
@@ -97,6 +98,7 @@ def test_the_gradient_of_two_processes_is_that_of_the_whole_batch(root, tmp_path
         du.train_discriminator(gan, real[mine], fake[mine], labels[mine])
         if gan.rank == 0:
             gan.save({str(tmp_path / "two")!r})
+        dist.barrier()  # else one leaves while the other still needs it
         dist.destroy_process_group()
         """)
     )

@@ -1639,6 +1639,7 @@ class Trainer:
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         self._source: Any = None
+        self._running = False  # whether `train` is under way
         self.trained_on: str | None = None  # the source by name, also of a checkpoint
         self._length = 0  # images of the data that position counts in
         self._rows: list[Tensor] = []  # measurements on the device, fetched every log_every batches
@@ -1720,7 +1721,7 @@ class Trainer:
         before, self.config = self.config, config
         try:
             self._check_config()
-            if self.images is not None and config.batch_size * config.d_steps > before.batch_size * before.d_steps:
+            if self._running:  # else the next call may bring other data, and looks
                 self._check_number(len(self.images))
         except ValueError:
             self.config = before
@@ -1784,9 +1785,11 @@ class Trainer:
         with stop_on_interrupt(self), self._recording():
             self._tell(callbacks, "on_train_begin")
             try:
+                self._running = True
                 while self.epoch < self.last_epoch and not self.stop_reason:
                     self._train_epoch(callbacks)
             finally:
+                self._running = False
                 self._tell(callbacks, "on_train_end")
         return self.history
 

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import dcgan_utils as du  # noqa: E402
 
 matplotlib.use("Agg")  # not by MPLBACKEND: the notebooks' kernels would inherit it and show no figure
-torch.set_num_threads(min(2, torch.get_num_threads()))  # the tensors here are small; more threads only wait
+torch.set_num_threads(1)  # the tensors here are small; more threads only wait for each other
 
 
 GPU = torch.cuda.is_available()
@@ -39,6 +39,12 @@ def gpu_where_asked_for(request, monkeypatch):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # torch looks at it when it first uses the GPU
 
 
+@pytest.fixture(autouse=True)
+def same_inputs_in_every_run():
+    """Seed the numbers that a test itself draws; a GAN draws from generators of its own."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """Return the repository's folder."""
@@ -48,7 +54,7 @@ def root() -> Path:
 @pytest.fixture(autouse=True)
 def no_kaggle_mounts(tmp_path_factory, monkeypatch):
     """Make the tests read the same data on Kaggle as elsewhere; a test may set mounts of its own."""
-    monkeypatch.setattr(du, "KAGGLE_INPUT", tmp_path_factory.getbasetemp() / "no-kaggle-here")
+    monkeypatch.setattr("dcgan.data.KAGGLE_INPUT", tmp_path_factory.getbasetemp() / "no-kaggle-here")
 
 
 @pytest.fixture(scope="session")

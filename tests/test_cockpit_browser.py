@@ -46,7 +46,8 @@ import torch
 import dcgan_utils as du
 torch.set_num_threads(1)  # the browser needs the other core
 images, labels = du.load_images()
-gan = du.FastDCGAN(ngf=16, ndf=16, batch_size=64)
+gan = du.FastDCGAN(ngf=16, ndf=16, batch_size=64, lr_D=0.00123456)
+config = gan.config
 cockpit = du.Cockpit(gan, data=(images[:3200], labels[:3200]))
 def weights(network):
     return torch.cat([p.detach().flatten() for p in network.parameters()])""",
@@ -166,6 +167,12 @@ class Lab:
         for _ in range(times):
             self.page.keyboard.press(key)
 
+    def box(self, label, key):
+        """Put the focus on a box for a number and press a key."""
+        row = self.page.locator(".widget-text", has=self.page.get_by_text(label, exact=True))
+        row.locator("input").focus()
+        self.page.keyboard.press(key)
+
     def close(self):
         """End the server; its kernel ends with it."""
         self.server.terminate()
@@ -210,6 +217,7 @@ def test_a_learner_plays_steps_steers_breaks_and_looks_back(lab):
     """Do it in the order of a lesson; each part goes on from the one before."""
     lab.says("ready")
     first = lab.picture()
+    assert lab.value("(gan.config == config, cockpit.controls['lr_D'].value)") == (True, 0.00123456)  # showing is all
     lab.click("Play")
     lab.wait_for(lambda: lab.epoch() > 0.5 and lab.picture() != first, 60, "epoch counter and picture")
     lab.shot("playing")
@@ -240,14 +248,15 @@ def test_a_learner_plays_steps_steers_breaks_and_looks_back(lab):
         False,
     )
 
-    lab.slider("G steps (0 freezes)", "ArrowRight")
-    lab.wait_for(lambda: lab.value("gan.config.g_steps") == 2, 60, "the slider")
-    lab.slider("G steps (0 freezes)", "ArrowLeft")
+    lab.box("G steps (0 freezes)", "ArrowUp")
+    lab.wait_for(lambda: lab.value("gan.config.g_steps") == 2, 60, "the box")
+    lab.box("G steps (0 freezes)", "ArrowDown")
+    lab.wait_for(lambda: lab.value("gan.config == config"), 60, "everything as it was")
 
     lab.click("Play")
-    lab.wait_for(lambda: lab.value("gan.history.last()['diversity']") > 0.5, 60, "digits that differ")
+    lab.wait_for(lambda: lab.value("gan.history.last()['pixel_std_ratio']") > 0.5, 60, "digits that differ")
     lab.page.get_by_label("scenario").select_option("collapse")
-    lab.wait_for(lambda: lab.value("gan.history.last()['diversity']") < 0.4, 60, "a collapse")
+    lab.wait_for(lambda: lab.value("gan.history.last()['pixel_std_ratio']") < 0.4, 60, "a collapse")
     lab.says("🔴 act")
     lab.click("Pause")
     lab.says("paused")

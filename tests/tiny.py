@@ -12,11 +12,11 @@ TINY = {
     du.FastDCGAN: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
     du.ProgressiveGAN: {"image_size": 16, "ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
     du.ConditionalDCGAN: {"image_size": 16, "ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8},
-    du.WGANGP: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8, "d_steps": 1},
+    du.WGANGP: {"ngf": 4, "ndf": 4, "batch_size": 16, "nz": 8, "n_critic": 1},
 }
 RECIPES = list(TINY)
 BCE = {  # FastDCGAN with cross-entropy, smoothed labels and BatchNorm in D
-    "loss": "bce", "gradient_penalty": 0.0, "penalty_every": 1, "batch_norm_D": True, "conditioning": "projection",
+    "loss": "bce", "gradient_penalty": 0.0, "penalty_interval": 1, "batch_norm_D": True, "conditioning": "projection",
     "beta1": 0.5, "lr_G": 2e-3, "lr_D": 2e-3, "real_label_smooth": 0.9, "fake_label_smooth": 0.0,
 }  # fmt: skip
 

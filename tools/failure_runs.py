@@ -34,13 +34,14 @@ from torch import Tensor, nn  # noqa: E402
 import dcgan_utils as du  # noqa: E402
 
 RESULTS = ROOT / "results" / "health"
-SOURCES = hashlib.sha256(Path(__file__).read_bytes() + Path(du.__file__).read_bytes()).hexdigest()[:8]
+CODE = b"".join(path.read_bytes() for path in [Path(__file__), *sorted((ROOT / "dcgan").glob("*.py"))])
+SOURCES = hashlib.sha256(CODE).hexdigest()[:8]
 SETS = {"tuning": (range(0, 3), range(0, 2)), "judged": (range(200, 206), range(200, 202))}  # healthy, faulty seeds
 IMAGES, HEALTHY_EPOCHS, FAULTY_EPOCHS = 4000, 6, 2
 NARROW = {  # a quarter of the width bears, and in so few batches needs, five times the learning rates
     du.DCGAN: {"image_size": 32, "ngf": 16, "ndf": 16, "lr_G": 1e-3, "lr_D": 5e-4},
     du.StableDCGAN: {"ngf": 8, "ndf": 8, "lr_G": 5e-4, "lr_D": 5e-4},
-    du.FastDCGAN: {"ngf": 16, "ndf": 16, "matching_weight": 0.15, "matching_fades": False},  # as it was when they ran
+    du.FastDCGAN: {"ngf": 16, "ndf": 16, "matching_weight": 0.15, "matching_decay": False},  # as it was when they ran
 }
 
 
@@ -62,14 +63,14 @@ class Repeater(nn.Module):
 
     def __init__(self, config: du.Config, bank: Tensor) -> None:
         super().__init__()
-        self.register_buffer("bank", du.normalise(du.resize_images(bank, config.image_size)))
-        self.grey = nn.Parameter(torch.zeros(()))  # something that the optimiser can move
-        self.layers = nn.Sequential(nn.Conv2d(1, 1, 1))  # where start_at_background looks for a bias
+        self.register_buffer("bank", du.normalize(du.resize_images(bank, config.image_size)))
+        self.gray = nn.Parameter(torch.zeros(()))  # something that the optimizer can move
+        self.layers = nn.Sequential(nn.Conv2d(1, 1, 1))  # where init_output_bias looks for a bias
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return images of the bank, chosen by z."""
         pick = (z[:, 0].mul(0.7071).erf().add(1).div(2) * len(self.bank)).long().clamp(0, len(self.bank) - 1)
-        return self.bank[pick] + 0.01 * self.grey.tanh()
+        return self.bank[pick] + 0.01 * self.gray.tanh()
 
 
 class SwappedLabels:
@@ -78,6 +79,10 @@ class SwappedLabels:
     def __init__(self, config: du.Config) -> None:
         self.right = du.LOSSES[config.loss](config)
         self.generator = self.right.generator
+
+    def __getattr__(self, name: str) -> object:
+        """Return everything else as the right loss has it."""
+        return getattr(self.right, name)
 
     def discriminator(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
         """Return the loss of the wrong way round."""
@@ -133,7 +138,6 @@ def swapped(kind: type[du.GAN]) -> type[du.GAN]:
     return Swapped
 
 
-DISTANCES = ("fid", "precision", "recall", "near_copies")  # what `JudgeSamples(distances=True)` adds
 COLLAPSE = ("sample diversity", "copies among samples", "classes")
 TOO_FAST_D = ("D too strong", "oscillation", *COLLAPSE)
 TOO_FAST_G = ("D too weak", "D too strong", *COLLAPSE)  # noise for G's pictures, which D then tells apart easily
@@ -147,7 +151,7 @@ FAULTS: dict[str, Fault] = {
         lambda c: {"batch_norm_G": False, "batch_norm_D": False},
         harmless=(du.StableDCGAN, du.FastDCGAN),
     ),
-    "D frozen": Fault(("a player stands still",), lambda c: {"d_steps": 0}),
+    "D frozen": Fault(("a player stands still",), lambda c: {"n_critic": 0}),
     "G frozen": Fault(("a player stands still",), lambda c: {"g_steps": 0}),
     "beta1 0.9, lr × 10": Fault(
         ("oscillation", "D too strong", *COLLAPSE), lambda c: {"beta1": 0.9, "lr_G": 10 * c.lr_G, "lr_D": 10 * c.lr_D}
@@ -157,7 +161,7 @@ FAULTS: dict[str, Fault] = {
     "tiny latent": Fault(("copies among samples",), lambda c: {"nz": 1}),
     "one image": Fault(COLLAPSE, wrap=repeating(lambda images, labels: images[:1])),
     "one class": Fault(("classes",), wrap=repeating(lambda images, labels: images[labels == 3])),
-    "copies of the data": Fault(("memorisation",), wrap=repeating(lambda images, labels: images[:IMAGES])),
+    "copies of the data": Fault(("memorization",), wrap=repeating(lambda images, labels: images[:IMAGES])),
     "NaN in G": Fault(("losses are numbers",), callbacks=(NaNInG,), onset=1.0),
     "G left in eval mode": Fault(("BatchNorm",), callbacks=(LeftInEval,)),
 }
@@ -175,7 +179,7 @@ def run(kind: type[du.GAN], name: str | None, seed: int) -> dict:
     fault = FAULTS.get(name, Fault(()))
     config = kind.resolve(**NARROW[kind], batch_size=32, num_epochs=HEALTHY_EPOCHS, seed=seed, log_every=25)
     gan = fault.wrap(kind)(du.configure(config, **fault.changes(config)))
-    callbacks = [*(make() for make in fault.callbacks), du.JudgeSamples(500)]
+    callbacks = [*(make() for make in fault.callbacks), du.EvaluateEachEpoch(500)]
     data = tuple(part[:IMAGES] for part in _digits())
     with contextlib.suppress(du.DivergenceError):  # it is in the history
         gan.train(FAULTY_EPOCHS if name else None, data=data, callbacks=callbacks)
@@ -208,13 +212,6 @@ def jobs(healthy: range, faulty: range) -> list[tuple[str, str | None, int]]:
     """Return all runs of a set."""
     well = [(kind.recipe, None, seed) for kind in NARROW for seed in healthy]
     return well + [(kind.recipe, name, seed) for name, f in FAULTS.items() for kind in f.recipes for seed in faulty]
-
-
-def default_readings(record: dict) -> dict:
-    """Return the record as `train()` leaves it where nobody asks for distances."""
-    epochs = record["history"]["epochs"]
-    fewer = {name: values for name, values in epochs.items() if name not in DISTANCES}
-    return {**record, "history": {**record["history"], "epochs": fewer}}
 
 
 def title(record: dict) -> str:
@@ -263,7 +260,7 @@ def harm(records: list[dict]) -> dict[str, dict[str, float]]:
     """
     distances = defaultdict(list)
     for record in records:
-        epochs = record["history"]["epochs"]["fid"]
+        epochs = du.History.from_json(record["history"])["frechet"]
         if len(epochs) >= FAULTY_EPOCHS:
             distances[title(record), record["recipe"]].append(epochs[FAULTY_EPOCHS - 1])
     median = {run: statistics.median(values) for run, values in distances.items()}
@@ -275,21 +272,17 @@ def harm(records: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def report(records: list[dict]) -> dict:
-    """Print the confusion table and return the figures, also by the readings that `train()` takes by default."""
-    figures, fewer = count(records), count([default_readings(record) for record in records])
-    figures |= {"distance_beside_healthy": harm(records)}
-    figures |= {f"{name}_by_default_readings": fewer[name] for name in ("named", "red_healthy_epochs")}
+    """Print the confusion table and return the figures."""
+    figures = count(records) | {"distance_beside_healthy": harm(records)}
     for name, causes in figures["confusion"].items():
         print(f"{name:22} " + ", ".join(f"{cause}: {n}" for cause, n in Counter(causes).most_common()))
     for name, ratios in figures["distance_beside_healthy"].items():
-        print(f"{name:22} Fréchet distance beside healthy runs':", ", ".join(f"{k} × {v:g}" for k, v in ratios.items()))
-    faulty, epochs = figures["faulty"], figures["healthy_epochs"]
-    for which, end in (("", "; bar {})"), ("_by_default_readings", ", without distances)")):
-        named, red = figures[f"named{which}"], figures[f"red_healthy_epochs{which}"]
-        share = f"{named} of {faulty} ({named / max(1, faulty):.1%}"
-        print(f"named within one epoch of the onset: {share}{end.format('95 %')}")
-        print(f"healthy epochs called red: {red} of {epochs} ({red / max(1, epochs):.1%}{end.format('1 %')}")
-    print(f"healthy epochs called yellow: {figures['yellow_healthy_epochs']} of {epochs}")
+        print(f"{name:22} Fréchet distance over healthy runs':", ", ".join(f"{k} {v:g}" for k, v in ratios.items()))
+    print(f"named within one epoch of the onset: {figures['named']} of {figures['faulty']}")
+    epochs = figures["healthy_epochs"]
+    print(
+        f"healthy epochs red: {figures['red_healthy_epochs']} of {epochs}, yellow: {figures['yellow_healthy_epochs']}"
+    )
     return figures
 
 

@@ -2,9 +2,9 @@
 
     python tools/full_run.py --recipe dcgan --name dcgan --slice 300 [--epochs 30] [--minutes 90] [--set FIELD=VALUE …]
 
-After every epoch, and every slice of `--slice` seconds where epochs are long: the judge's reading of 1,000 samples, a
+After every epoch, and every slice of `--slice` seconds where epochs are long: scores of 1,000 samples, a
 frame, and a checkpoint under outputs/full_run/NAME, so that a stop loses nothing and the same command goes on. At the
-end results/NAME holds history.json, scores.json (10,000 samples judged) and samples.png; without `--brief` also
+end results/NAME holds history.json, scores.json (of 10,000 samples) and samples.png; without `--brief` also
 grid.png, history.png and training.gif.
 """
 
@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
+
+from study import stamp  # noqa: E402
 
 import dcgan_utils as du  # noqa: E402
 
@@ -36,7 +38,7 @@ class Keep(du.Callback):
         print(
             title(gan),
             gan.history,
-            f"diversity {now['diversity']:.2f}, distance {now.get('fid', math.nan):.2f}",
+            f"pixel std ratio {now['pixel_std_ratio']:.2f}, distance {now.get('frechet', math.nan):.2f}",
             flush=True,
         )
 
@@ -64,7 +66,6 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="no pictures but the samples")
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE")
     options = parser.parse_args()
-    du.keep_memory()
     work, results = ROOT / "outputs" / "full_run" / options.name, ROOT / "results" / options.name
     overrides = {"out_dir": str(work), **du.parse_fields(options.set)}
     if options.epochs:
@@ -73,10 +74,12 @@ def main() -> None:
     gan = kind.load(work / "newest", **overrides) if (work / "newest").exists() else kind(**overrides)
     end = time.monotonic() + 60 * options.minutes
     while gan.epoch < gan.config.num_epochs and time.monotonic() < end:
-        gan.train(callbacks=[du.JudgeSamples(), Keep(work), StopAtTime(min(end, time.monotonic() + options.slice))])
-    gan._set_data("mnist")
+        gan.train(
+            callbacks=[du.EvaluateEachEpoch(), Keep(work), StopAtTime(min(end, time.monotonic() + options.slice))]
+        )
+    gan.set_data("mnist")
     results.mkdir(parents=True, exist_ok=True)
-    record = gan.history.to_json()
+    record = gan.history.to_json() | {"stamp": list(stamp().values())}
     record["config"]["out_dir"] = work.relative_to(ROOT).as_posix()  # without the machine's own folders
     (results / "history.json").write_text(json.dumps(record, default=float))
     scores = gan.evaluate()

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import torch  # noqa: E402
-from train_judge import train  # noqa: E402
+from train_classifier import train  # noqa: E402
 
 import dcgan_utils as du  # noqa: E402
 
@@ -30,7 +30,7 @@ def pairs(gan: du.GAN, n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"{type(gan).__name__} cannot be asked for a digit; GAN-train needs a class-conditional GAN")
     digits = torch.arange(n) % gan.config.num_classes
     images = [
-        du.resize_images(du.to_greys(gan.generate(z, part)), 28)
+        du.resize_images(du.to_uint8(gan.generate(z, part)), 28)
         for z, part in zip(gan.latent(n, seed).split(5000), digits.split(5000), strict=True)
     ]
     return torch.cat(images), digits

@@ -6,9 +6,8 @@
 
 As on Kaggle: /kaggle/input is read-only and /kaggle/working the place to write; the variables of a batch run are set;
 there is no network; papermill runs the notebook with the kernel that its metadata name; nbconvert 6.4.5's classic
-template makes the page. Chromium then opens the page and tells what it shows. Paths, mounts and network come from
-Linux namespaces; where there are none DCGAN_KAGGLE_INPUT names the input folder and Python's sockets are shut.
-Not as on Kaggle: the image's versions and its GPUs. Needs papermill, chromium and the environment of --set-up.
+template makes the page. Chromium then opens the page and tells what it shows. Not as on Kaggle: the image's versions
+and its GPUs. Needs Linux namespaces, papermill, chromium and the environment of --set-up.
 """
 
 import argparse
@@ -27,6 +26,8 @@ import venv
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE_PACKAGES = ("nbconvert==6.4.5", "packaging")  # Kaggle's nbconvert; it imports packaging without naming it
 PAGE_ENVIRONMENT = ROOT / ".venv-kaggle-page"
@@ -38,7 +39,7 @@ CHROMIUM_FLAGS = (
 )
 WIDGET_TEXT = re.compile(
     r"\b(interactive|[VH]Box|Tab|Accordion|IntSlider|FloatSlider|Dropdown|Button|Output|Image|HTML|FloatProgress)"
-    r"\((children|value|description|\))|<Figure size|<IPython|<PIL"
+    r"\((children|value|description|\))|<(Figure|Picture) size|<IPython|<PIL"
 )
 PROBE = """<script>
 addEventListener("load", () => {
@@ -50,114 +51,63 @@ addEventListener("load", () => {
 });
 </script>
 """
-GUARD = """import socket
-real = socket.socket.connect
-def connect(self, address):
-    if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-        raise OSError(101, "Network is unreachable")
-    return real(self, address)
-def getaddrinfo(*_, **__):
-    raise socket.gaierror(-3, "Temporary failure in name resolution")
-socket.socket.connect, socket.getaddrinfo = connect, getaddrinfo
-"""
 
 
 # ---------------------------------------------------------------------------------------------- what may be attached
-def attach_idx(folder: Path, splits: tuple[str, ...] = ("train", "t10k")) -> None:
+def attach_idx(folder: Path) -> None:
     """Write MNIST as hojjatk/mnist-dataset has it: plain IDX files, each once with a dot and once in its own folder."""
     for path in sorted((ROOT / "data" / "mnist").glob("*.gz")):
-        if path.name.startswith(splits):
-            name, content = path.name.removesuffix(".gz"), gzip.decompress(path.read_bytes())
-            (folder / name).mkdir(parents=True)
-            (folder / name / name).write_bytes(content)
-            (folder / name.replace("-idx", ".idx")).write_bytes(content)
+        name, content = path.name.removesuffix(".gz"), gzip.decompress(path.read_bytes())
+        (folder / name).mkdir(parents=True)
+        (folder / name / name).write_bytes(content)
+        (folder / name.replace("-idx", ".idx")).write_bytes(content)
 
 
-def attach_csv(folder: Path, train: str, test: str, test_labels: bool) -> None:
+def attach_csv(train: str, test: str, test_labels: bool, folder: Path) -> None:
     """Write MNIST as CSV, a header and one image a row; the competition's test.csv has no labels."""
     folder.mkdir(parents=True)
-    pixels = [f"pixel{i}" for i in range(784)]
-    for stem, name, labelled in (("train", train, True), ("t10k", test, test_labels)):
-        with (folder / name).open("w") as file:
-            file.write(",".join((["label"] if labelled else []) + pixels) + "\n")
-            images, labels = (read_body(f"{stem}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-            for i, label in enumerate(labels):
-                row = images[784 * i : 784 * i + 784]
-                file.write(",".join(map(str, (label, *row) if labelled else row)) + "\n")
-
-
-def read_body(name: str) -> bytes:
-    """Return the bytes of one of MNIST's files behind its header."""
-    raw = gzip.decompress((ROOT / "data" / "mnist" / f"{name}.gz").read_bytes())
-    return raw[4 + 4 * raw[3] :]
+    for stem, name, labeled in (("train", train, True), ("t10k", test, test_labels)):
+        bodies = [gzip.decompress(path.read_bytes()) for path in sorted((ROOT / "data" / "mnist").glob(f"{stem}-*.gz"))]
+        images, labels = (np.frombuffer(body, np.uint8, offset=4 + 4 * body[3]) for body in bodies)
+        table = np.column_stack([labels, images.reshape(-1, 784)])[:, 0 if labeled else 1 :]
+        header = ",".join(["label"] * labeled + [f"pixel{i}" for i in range(784)])
+        np.savetxt(folder / name, table, fmt="%d", delimiter=",", header=header, comments="")
 
 
 def attach_module(folder: Path) -> None:
-    """Write the utility data set, as `python kaggle/build.py` fills it, and MNIST beside it."""
+    """Write the data set with the module, as `python kaggle/build.py` fills it, and MNIST beside it."""
     folder.mkdir(parents=True)
-    for path in (ROOT / "dcgan_utils.py", ROOT / "data" / "judge.safetensors"):
-        shutil.copy(path, folder)
+    command = [sys.executable, ROOT / "kaggle" / "build.py", "--single", folder / "dcgan_utils.py"]
+    subprocess.run(command, check=True)
+    shutil.copy(ROOT / "data" / "classifier.safetensors", folder)
     attach_idx(folder.parents[1] / "hojjatk" / "mnist-dataset")
 
 
-def attach_other(folder: Path) -> None:
-    """Write a data set that is not MNIST."""
-    folder.mkdir(parents=True)
-    (folder / "train.csv").write_text('PassengerId,Survived,Name\n1,0,"Braund, Mr. Owen"\n')
-
-
-mnist_in_csv = partial(attach_csv, train="mnist_train.csv", test="mnist_test.csv", test_labels=True)
-digit_recognizer = partial(attach_csv, train="train.csv", test="test.csv", test_labels=False)
-MNIST = "datasets/hojjatk/mnist-dataset"
+MNIST, MODULE = "datasets/hojjatk/mnist-dataset", "datasets/somebody/dcgan-utils"
 LAYOUTS = {  # where it is mounted -> what writes it
     MNIST: attach_idx,
-    "mnist-dataset": attach_idx,
-    "datasets/oddrationale/mnist-in-csv": mnist_in_csv,
-    "mnist-in-csv": mnist_in_csv,
-    "competitions/digit-recognizer": digit_recognizer,
-    "digit-recognizer": digit_recognizer,
-    "datasets/somebody/dcgan-utils": attach_module,
+    "datasets/oddrationale/mnist-in-csv": partial(attach_csv, "mnist_train.csv", "mnist_test.csv", True),
+    "competitions/digit-recognizer": partial(attach_csv, "train.csv", "test.csv", False),
+    MODULE: attach_module,
     "nothing": lambda folder: None,
-    "titanic": attach_other,
-    "half/mnist-dataset": partial(attach_idx, splits=("train-images", "t10k")),
 }
 
 
 # ---------------------------------------------------------------------------------------------------- the platform
-def unshare() -> list[str]:
-    """Return the command that gives a process mounts and a network of its own; without root, a user of its own too."""
-    return ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--mount", "--net", "--propagation", "private"]
-
-
-def has_namespaces() -> bool:
-    """Return whether mounts and network of one's own can be had here: on Linux, by root and where users may."""
-    if not shutil.which("unshare") or not shutil.which("ip"):
-        return False
-    return not subprocess.run([*unshare(), "true"], capture_output=True).returncode
+UNSHARE = ["unshare", *(["--map-root-user"] if os.geteuid() else []), "--mount", "--net", "--propagation", "private"]
 
 
 def run_notebook(notebook: Path, inputs: Path, working: Path, profile: str = "smoke") -> subprocess.CompletedProcess:
-    """Run a notebook as a batch run does; its result is __notebook__.ipynb in the working folder."""
-    for name in ("KAGGLE_KERNEL_RUN_TYPE", "KAGGLE_DATA_PROXY_URL"):
-        assert name not in os.environ, f"{name} is set: this seems to be Kaggle itself"
+    """Run a notebook as a batch run does; its result is __notebook__.ipynb in the working folder.
+
+    It sees /kaggle/working, a read-only /kaggle/input and no network but loopback. Its root folder holds all that the
+    real one does, and /kaggle: so nothing is left on the machine.
+    """
     environment = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "PYTHONPATH")}
     environment |= {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_DATA_PROXY_URL": "https://dp.kaggle.net"}
     environment |= {"DCGAN_PROFILE": profile}
     options = ["--no-progress-bar", "--no-log-output", "--execution-timeout", "1800"]
     command = [sys.executable, "-m", "papermill", str(notebook), "__notebook__.ipynb", *options]
-    if has_namespaces():
-        return in_namespace(command, inputs, working, environment)
-    guard = Path(tempfile.mkdtemp())
-    (guard / "sitecustomize.py").write_text(GUARD)
-    environment |= {"DCGAN_KAGGLE_INPUT": str(inputs), "PYTHONPATH": str(guard)}
-    return subprocess.run(command, cwd=working, env=environment, capture_output=True, text=True)
-
-
-def in_namespace(command: list[str], inputs: Path, working: Path, environment: dict) -> subprocess.CompletedProcess:
-    """Run a command that sees /kaggle/working, a read-only /kaggle/input and no network but loopback.
-
-    Its root folder holds all that the real one does, and /kaggle: so nothing is left on the machine.
-    """
     script = """
         set -e
         ip link set lo up
@@ -177,22 +127,17 @@ def in_namespace(command: list[str], inputs: Path, working: Path, environment: d
         exec chroot "$root" bash -c 'cd /kaggle/working && exec "$@"' - "$@"
     """
     with tempfile.TemporaryDirectory() as root:
-        wrapped = [*unshare(), "bash", "-c", script, "-", str(inputs), str(working), root, *command]
+        wrapped = [*UNSHARE, "bash", "-c", script, "-", str(inputs), str(working), root, *command]
         return subprocess.run(wrapped, env=environment, capture_output=True, text=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the page
 def make_page(working: Path) -> Path:
     """Convert __notebook__.ipynb to the page __results__.html with its pictures as files, as Kaggle does."""
-    nbconvert = PAGE_ENVIRONMENT / "bin" / "jupyter-nbconvert"
     template = ["--template", "kaggle_page", f"--TemplateExporter.extra_template_basedirs={ROOT / 'tools'}"]
-    options = ["--to", "html", *template, "--ExtractOutputPreprocessor.enabled=True"]
-    subprocess.run(
-        [nbconvert, *options, "--output", "__results__", "__notebook__.ipynb"],
-        cwd=working,
-        check=True,
-        capture_output=True,
-    )
+    options = ["--to", "html", *template, "--ExtractOutputPreprocessor.enabled=True", "--output", "__results__"]
+    command = [PAGE_ENVIRONMENT / "bin" / "jupyter-nbconvert", *options, "__notebook__.ipynb"]
+    subprocess.run(command, cwd=working, check=True, capture_output=True)
     return working / "__results__.html"
 
 
@@ -208,17 +153,10 @@ def look_at(page: Path) -> dict:
     probe = page.with_name("probe.html")
     probe.write_text(page.read_text().replace("</head>", PROBE + "</head>", 1))
     shown = chromium("--dump-dom", probe.as_uri())
-    probe.unlink()
     found = re.search(r'<pre id="found">(.*?)</pre>', shown, re.DOTALL)
     if found is None:
         raise RuntimeError(f"Chromium did not finish loading {page}")
     return json.loads(urllib.parse.unquote(html.unescape(found[1])))
-
-
-def screenshot(page: Path, picture: Path, width: int = 1000, height: int = 1400) -> Path:
-    """Save what a browser shows of a page as PNG."""
-    chromium(f"--window-size={width},{height}", f"--screenshot={picture}", page.as_uri())
-    return picture
 
 
 # ------------------------------------------------------------------------------------------------------- the verdict
@@ -265,7 +203,9 @@ def case(notebook: Path, layout: str, folder: Path, profile: str = "smoke") -> t
 def missing() -> str:
     """Return what this machine lacks for the stand-in and how to get it, "" where nothing is missing."""
     if subprocess.run([sys.executable, "-c", "import papermill"], capture_output=True).returncode:
-        return "papermill is not installed: pip install -r requirements.txt"
+        return "papermill is not installed: pip install papermill"
+    if not shutil.which("unshare") or not shutil.which("ip") or subprocess.run([*UNSHARE, "true"]).returncode:
+        return "there are no Linux namespaces for mounts and network"
     if not shutil.which("chromium"):
         return "chromium is not installed: apt-get install chromium"
     if not (PAGE_ENVIRONMENT / "bin" / "jupyter-nbconvert").exists():
@@ -281,10 +221,8 @@ def set_up() -> None:
 
 def cases(notebooks: list[Path]) -> list[tuple[Path, str]]:
     """Return every notebook with the data set that its metadata attach, and the first one with every other form."""
-    forms = [layout for layout, write in LAYOUTS.items() if write in (attach_idx, mnist_in_csv, digit_recognizer)]
-    every = [(path, MNIST) for path in notebooks] + [(notebooks[0], layout) for layout in forms if layout != MNIST]
-    attached = (ROOT / "notebooks" / notebooks[0].name, "datasets/somebody/dcgan-utils")
-    return [*every, attached] if has_namespaces() else every  # its first cell looks into the real /kaggle/input
+    every = [(path, MNIST) for path in notebooks] + [(notebooks[0], layout) for layout in list(LAYOUTS)[1:3]]
+    return [*every, (ROOT / "notebooks" / notebooks[0].name, MODULE)]
 
 
 def main() -> int:
@@ -293,9 +231,7 @@ def main() -> int:
     parser.add_argument("--set-up", action="store_true", help="install nbconvert 6.4.5 in .venv-kaggle-page, and stop")
     parser.add_argument("--keep", type=Path, help="an empty folder for pages and screenshots")
     parser.add_argument("--profile", default="smoke", help="scale: smoke (default), cpu or gpu")
-    parser.add_argument(
-        "notebooks", nargs="*", type=Path, help="built notebooks; all, and every form of MNIST, by default"
-    )
+    parser.add_argument("notebooks", nargs="*", type=Path, help="built ones; default: all, and every form of MNIST")
     options = parser.parse_args()
     if options.set_up:
         set_up()
@@ -311,7 +247,8 @@ def main() -> int:
             begin = time.monotonic()
             wrong, working = case(notebook, layout, folder, options.profile)
             if options.keep and not wrong:
-                screenshot(working / "__results__.html", working / "page.png")
+                page = (working / "__results__.html").as_uri()
+                chromium("--window-size=1000,1400", f"--screenshot={working / 'page.png'}", page)
             failed += bool(wrong)
             seconds = time.monotonic() - begin
             print(f"{notebook.stem}, {layout}: {'; '.join(wrong) or 'good'} ({seconds:.0f} s)", flush=True)

@@ -135,13 +135,12 @@ def number_labels(
 
 # ------------------------------------------------------------------------------------------------------------- pictures
 def open_picture(picture: Any, size: int) -> Image.Image:
-    """Return a picture by its path, encoded bytes, PIL image, uint8 (H, W) or (C, H, W), or ToTensor's floats of these.
+    """Return a picture by its path, encoded bytes, PIL image, uint8 (H, W) or (C, H, W), or floats 0 … 1 of these.
 
     A file may be decoded later, with at least twice `size` pixels a side. Raises what Pillow raises for damaged files.
     """
-    if isinstance(picture, Tensor) and picture.is_floating_point():
-        whole = (picture * 255).round()
-        picture = whole.int() if picture.min() >= 0 and (whole - picture * 255).abs().max() < 1e-3 else picture
+    if isinstance(picture, Tensor) and picture.is_floating_point() and 0 <= picture.min() <= picture.max() <= 1:
+        picture = (picture * 255).round().to(torch.uint8)
     if isinstance(picture, (Tensor, np.ndarray)):
         return tvf.to_pil_image(image_tensor(picture[None], "with an axis before it")[0])
     if isinstance(picture, Image.Image):

@@ -93,8 +93,9 @@ class GAN(Trainer):
         They are compared with the test images of the data that the GAN was trained on; of images without a test split,
         with one half of them. inception: add the usual FID where its weights can be had. Raises ValueError.
         """
+        if n < MIN_SAMPLES:
+            raise ValueError(f"n = {n}; these scores need at least {MIN_SAMPLES} samples")
         samples = self.sample(n, seed=seed)
-        check_samples(samples, needed=MIN_SAMPLES)
         scores = score_samples(samples, self.real_statistics(), self.class_labels(n, None))
         if inception:
             scores["inception_fid"] = inception_distance(samples, real_images(self)[1])

@@ -254,12 +254,17 @@ class Trainer(Sampler):
 
     def _run(self, callbacks: Sequence[Callback]) -> None:
         """Train epoch after epoch, between the callbacks' first and last word."""
-        with ExitStack() as ends:  # every callback that began gets its last word, even after another's error
+        begun: list[Callback] = []
+        try:
             for callback in callbacks:
-                ends.callback(self._tell, [callback], "on_train_end")
+                begun.append(callback)
                 self._tell([callback], "on_train_begin")
             while self.epoch < self.last_epoch and not self.stop_reason:
                 self._train_epoch(callbacks)
+        finally:
+            with ExitStack() as ends:  # every callback that began gets its last word, even after another's error
+                for callback in reversed(begun):
+                    ends.callback(self._tell, [callback], "on_train_end")
 
     def stop(self, reason: str) -> None:
         """Ask the loop to end after the current batch; `reason` is kept in `gan.stop_reason`."""

@@ -40,6 +40,7 @@ TAKEN = {
     "labeled TensorDataset": TensorDataset(TENSOR, torch.tensor(LABELS)),
     "labeled PIL images": Items([(Image.fromarray(x), k) for x, k in zip(IMAGES, LABELS, strict=True)]),
     "labeled by ToTensor": Items([(v2.functional.to_dtype(x[None], scale=True), i % 3) for i, x in enumerate(TENSOR)]),
+    "labeled floats": Items([(x / 255.1, k) for x, k in zip(TENSOR, LABELS, strict=True)]),
     "labeled, color": Items([(x, np.int64(i % 3)) for i, x in enumerate(COLOR)]),
     "labeled, longer items": Items([(x, i % 3, "more") for i, x in enumerate(IMAGES)]),
 }
@@ -151,6 +152,8 @@ REFUSED = {  # what is given, and what the line must name
     "floats of [-1, 1] in a Dataset": (Items([(x[None] / 127.5 - 1, 0) for x in TENSOR]), "float32"),
     "no image in a Dataset": (Items([({}, 0), (None, 1)]), "2 of 2"),
     "fractions as a Dataset's labels": (Items([(x, i / 3) for i, x in enumerate(IMAGES)]), "0.333"),
+    "floats above 1 in a Dataset": (Items([(x / 254, 0) for x in TENSOR]), "float32"),
+    "NaN in a Dataset": (Items([(x / x.new_zeros(1), 0) for x in TENSOR]), "float32"),
     "a Dataset of nothing": (Items([]), "N > 0"),
     "a Dataset that raises": (Broken([1, 2]), "KeyError"),
 }

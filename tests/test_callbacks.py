@@ -81,6 +81,7 @@ def test_the_report_names_what_the_loss_gives_meaning_to(loss, words, digits, tm
 
 @pytest.mark.parametrize("limit", [None, 1e6])
 def test_the_bar_counts_images_or_the_time_limit_on_stdout(limit, digits, monkeypatch, capfd):
+    monkeypatch.delenv("DCGAN_PROFILE", raising=False)  # smoke has no bar
     monkeypatch.setattr(sys, "stdout", Terminal())
     gan, progress, notes, seen = make(log_every=2), du.ProgressBar(), du.Callback(), []
     notes.on_batch_end = lambda gan: seen.append((progress.bar.n, gan.elapsed, progress.bar.total))
@@ -100,6 +101,7 @@ BATCH = {"KAGGLE_KERNEL_RUN_TYPE": "Batch", "KAGGLE_DATA_PROXY_URL": "https://he
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])
 @pytest.mark.parametrize("environment", [{}, {"DCGAN_PROFILE": "smoke"}, BATCH])
 def test_there_is_a_bar_only_where_somebody_watches(stream, environment, digits, monkeypatch):
+    monkeypatch.delenv("DCGAN_PROFILE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "stdout", stream())

@@ -19,7 +19,6 @@ from .evaluation import (
     EvaluateEachEpoch,
     RealStatistics,
     Scores,
-    check_samples,
     fixed_sample_scores,
     inception_distance,
     real_images,
